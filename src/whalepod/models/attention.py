@@ -1,0 +1,166 @@
+"""Attention: multi-head latent attention (MLA) in both its forms, and grouped-query attention.
+
+MLA (DeepSeek-V2, section 2.1; V3, section 2.1.1) keeps one latent vector per token: the
+compressed key-value c (rank C) beside one rotary key shared by all heads (width R).
+
+* Expanded: W_UK and W_UV turn c into keys and values per head, then ordinary attention.
+  Fewest operations when many queries share the keys: training and prefill.
+* Absorbed: the same products in another order, (q W_UK) c^T instead of q (c W_UK^T)^T, and W_UV
+  after the softmax. Attention then runs over the C + R wide latent itself, one key head for all
+  queries, and nothing is expanded: decode.
+
+The seam is `attend(attention, q, kv)`. A module computes its queries and what a cache would store
+(`kv`: the latent, or keys and values), and hands both over; `causal` is the stateless default,
+a cache appends `kv` and calls `expanded` or `absorbed` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whalepod.models.rope import rotate, softmax_scale
+from whalepod.spec.model import GQA, MLA, ModelSpec
+
+Attend = Callable[["Attention", Tensor, Tensor], Tensor]
+Tables = tuple[Tensor, Tensor]
+
+
+def causal(attention: Attention, q: Tensor, kv: Tensor) -> Tensor:
+    """Every position sees itself and what came before; no cache."""
+    return attention.expanded(q, kv, None)
+
+
+class Attention(nn.Module):
+    """What a cache needs to know: `layer` (its index) and the two ways to attend.
+
+    q [B, S, H, width], kv [B, L, width of the cache] -> [B, S, H x value width].
+    `mask` [S, L] or [B, 1, S, L] is True where a query may look; None is the causal square.
+    """
+
+    layer: int
+
+    def expanded(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
+        raise AssertionError("abstract")
+
+    def absorbed(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
+        """Only MLA has a cheaper form for few queries."""
+        return self.expanded(q, kv, mask)
+
+
+class MLAttention(Attention):
+    """Multi-head latent attention; parameter names are those of the Hugging Face checkpoints."""
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        a = spec.attention
+        assert isinstance(a, MLA)
+        self.layer, self.config = layer, a
+        self.interleaved = spec.rope.interleaved
+        self.scale = softmax_scale(spec.rope, a.qk_head_dim)
+        hidden, heads = spec.hidden_size, spec.num_attention_heads
+        if a.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * a.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, a.q_lora_rank, bias=False)
+            self.q_a_layernorm = nn.RMSNorm(a.q_lora_rank, eps=spec.rms_norm_eps)
+            self.q_b_proj = nn.Linear(a.q_lora_rank, heads * a.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, a.latent_dim, bias=False)
+        self.kv_a_layernorm = nn.RMSNorm(a.kv_lora_rank, eps=spec.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(a.kv_lora_rank, heads * (a.qk_nope_head_dim + a.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * a.v_head_dim, hidden, bias=False)
+
+    def forward(self, x_BSD: Tensor, tables: Tables, attend: Attend = causal) -> Tensor:
+        a = self.config
+        if a.q_lora_rank is None:
+            q = self.q_proj(x_BSD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+        q = q.unflatten(-1, (-1, a.qk_head_dim))
+        q_nope, q_rope = q.split((a.qk_nope_head_dim, a.qk_rope_head_dim), dim=-1)
+        q = torch.cat((q_nope, rotate(q_rope, *tables, self.interleaved)), dim=-1)
+        c, k_rope = self.kv_a_proj_with_mqa(x_BSD).split((a.kv_lora_rank, a.qk_rope_head_dim), dim=-1)
+        k_rope = rotate(k_rope.unsqueeze(-2), *tables, self.interleaved).squeeze(-2)
+        latent = torch.cat((self.kv_a_layernorm(c), k_rope), dim=-1)
+        return self.o_proj(attend(self, q, latent))
+
+    def expanded(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
+        a = self.config
+        c, k_rope = kv.split((a.kv_lora_rank, a.qk_rope_head_dim), dim=-1)
+        keys_values = self.kv_b_proj(c).unflatten(-1, (-1, a.qk_nope_head_dim + a.v_head_dim))
+        k_nope, v = keys_values.split((a.qk_nope_head_dim, a.v_head_dim), dim=-1)
+        k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
+        # The fused kernels want one width for queries, keys and values: without this padding the
+        # CPU falls back to an S x L score matrix at half the speed.
+        v = F.pad(v, (0, a.qk_head_dim - a.v_head_dim)) if a.v_head_dim < a.qk_head_dim else v
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+        )
+        return out.transpose(1, 2)[..., : a.v_head_dim].flatten(-2)
+
+    def absorbed(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
+        a = self.config
+        w_HXC = self.kv_b_proj.weight.unflatten(0, (-1, a.qk_nope_head_dim + a.v_head_dim))
+        w_uk, w_uv = w_HXC.split((a.qk_nope_head_dim, a.v_head_dim), dim=1)
+        q_nope, q_rope = q.split((a.qk_nope_head_dim, a.qk_rope_head_dim), dim=-1)
+        q = torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, w_uk), q_rope), dim=-1)
+        batch, num_queries, heads, _ = q.shape
+        # All heads share one key, so heads and queries are rows of a single product per sequence.
+        scores = torch.bmm(q.flatten(1, 2), kv.transpose(1, 2)).unflatten(1, (num_queries, heads))
+        scores = scores.float() * self.scale
+        if mask is None:
+            mask = torch.ones(num_queries, kv.shape[1], dtype=torch.bool, device=q.device).tril()
+        allowed = mask[None, :, None] if mask.dim() == 2 else mask.transpose(1, 2)
+        weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1).to(q.dtype)
+        out = torch.bmm(weights.flatten(1, 2), kv[..., : a.kv_lora_rank])
+        return torch.einsum("bshc,hvc->bshv", out.unflatten(1, (num_queries, heads)), w_uv).flatten(-2)
+
+
+class GroupedQueryAttention(Attention):
+    """Attention of the Llama, Qwen2 and Qwen3 forms, and of DeepSeekMoE-16B."""
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        a = spec.attention
+        assert isinstance(a, GQA)
+        self.layer, self.config = layer, a
+        self.interleaved = spec.rope.interleaved
+        self.scale = softmax_scale(spec.rope, a.head_dim)
+        hidden, heads = spec.hidden_size, spec.num_attention_heads
+        self.q_proj = nn.Linear(hidden, heads * a.head_dim, bias=a.qkv_bias)
+        self.k_proj = nn.Linear(hidden, a.num_key_value_heads * a.head_dim, bias=a.qkv_bias)
+        self.v_proj = nn.Linear(hidden, a.num_key_value_heads * a.head_dim, bias=a.qkv_bias)
+        self.o_proj = nn.Linear(heads * a.head_dim, hidden, bias=False)
+        if a.qk_norm:
+            self.q_norm = nn.RMSNorm(a.head_dim, eps=spec.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(a.head_dim, eps=spec.rms_norm_eps)
+
+    def forward(self, x_BSD: Tensor, tables: Tables, attend: Attend = causal) -> Tensor:
+        heads = (-1, self.config.head_dim)
+        q, k = self.q_proj(x_BSD).unflatten(-1, heads), self.k_proj(x_BSD).unflatten(-1, heads)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *tables, self.interleaved), rotate(k, *tables, self.interleaved)
+        kv = torch.cat((k.flatten(-2), self.v_proj(x_BSD)), dim=-1)
+        return self.o_proj(attend(self, q, kv))
+
+    def expanded(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
+        k, v = kv.unflatten(-1, (2, -1, self.config.head_dim)).unbind(-3)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=k.shape[-2] != q.shape[-2],
+        )
+        return out.transpose(1, 2).flatten(-2)

@@ -1,0 +1,257 @@
+"""Mixture of experts: router, token dispatch, grouped products (V2, section 2.2; V3, section 2.1.2).
+
+A token picks K of E experts. `Router` scores and picks; a dispatcher brings each token's row to
+its experts; `GroupedExperts` runs all experts as grouped matrix products; the dispatcher brings
+the rows back and sums them. The dispatcher is a seam: `LocalDispatcher` sorts rows on this device,
+`parallel/exchange` sends them to other devices behind the same two methods.
+
+Rows of one expert are contiguous and their count is rounded up to `alignment`. Kernels specialise
+on the row count (oneDNN compiles one per shape, FP8 products need whole blocks), and free counts
+change every step. A padding row repeats some token with weight 0. Because the weight multiplies
+the activation before the down-projection, a padding row adds exactly nothing to any output or
+gradient, so it needs no mask, and both directions of dispatch are pure gathers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from whalepod.models.mlp import SwiGLU
+from whalepod.spec.model import MoE, ModelSpec
+
+
+class Router(nn.Module):
+    """Scores experts in float32 and picks K; parameter names as in the checkpoints.
+
+    `load` [E] counts picks since it was last zeroed (training mode only); balancing and metrics
+    read it. `balance_weight` multiplies the sequence-wise balance loss of every sequence; the
+    trainer sets it to alpha over the number of sequences.
+    """
+
+    load: Tensor
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        assert spec.moe is not None
+        self.config = spec.moe
+        num_experts = spec.moe.n_routed_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, spec.hidden_size))
+        self.balance_weight = 0.0
+        self.register_buffer("load", torch.zeros(num_experts), persistent=False)
+        bias = torch.zeros(num_experts) if spec.moe.selection_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns expert ids [T, K] and their weights [T, K] in float32."""
+        m = self.config
+        logits = F.linear(x_BSD.flatten(0, 1).float(), self.weight.float())
+        scores_TE = logits.softmax(-1) if m.scoring_func == "softmax" else logits.sigmoid()
+        with torch.no_grad():
+            ids_TK = self._select(scores_TE)
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if m.norm_topk_prob:
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        weights_TK = weights_TK * m.routed_scaling_factor
+        if self.training:
+            with torch.no_grad():
+                ones = torch.ones((), device=ids_TK.device).expand(ids_TK.numel())
+                self.load.scatter_add_(0, ids_TK.flatten(), ones)
+            if self.balance_weight:
+                loss = sequence_balance_loss(scores_TE.unflatten(0, x_BSD.shape[:2]), ids_TK)
+                weights_TK = _AddLoss.apply(weights_TK, self.balance_weight * loss)
+        return ids_TK, weights_TK
+
+    def _select(self, scores_TE: Tensor) -> Tensor:
+        m = self.config
+        # The bias steers the choice only; weights come from the unbiased scores.
+        choice = scores_TE if self.e_score_correction_bias is None else scores_TE + self.e_score_correction_bias
+        if m.topk_method != "greedy" and m.n_group > 1:
+            grouped = choice.unflatten(-1, (m.n_group, -1))
+            best = grouped.topk(2, dim=-1).values.sum(-1) if m.selection_bias else grouped.amax(-1)
+            groups = best.topk(m.topk_group, dim=-1, sorted=False).indices
+            closed = torch.ones_like(best, dtype=torch.bool).scatter_(1, groups, False)
+            choice = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
+        return choice.topk(m.num_experts_per_tok, dim=-1, sorted=False).indices
+
+
+def sequence_balance_loss(scores_BSE: Tensor, ids_TK: Tensor) -> Tensor:
+    """Sequence-wise balance loss summed over sequences, without alpha (V3, equations 17 to 20)."""
+    batch, length, num_experts = scores_BSE.shape
+    k = ids_TK.shape[-1]
+    with torch.no_grad():
+        picks = ids_TK.view(batch, length * k)
+        frequency = torch.zeros(batch, num_experts, device=picks.device).scatter_add_(
+            1, picks, torch.ones((), device=picks.device).expand_as(picks)
+        )
+        frequency = frequency * (num_experts / (k * length))
+    share = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
+    return (frequency * share).sum()
+
+
+class _AddLoss(torch.autograd.Function):
+    """Passes x through; on the way back the added loss gets gradient 1.
+
+    The loss joins the graph where it arises, so no caller (a pipeline stage, say) carries it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.shape = loss.shape
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.new_ones(ctx.shape)
+
+
+class Rows(NamedTuple):
+    """Tokens sorted by expert: what the grouped products run on."""
+
+    x_ND: Tensor
+    weights_N: Tensor
+    ends_E: Tensor  # int32, row after each expert's last; rows past the last expert are idle
+
+
+class Dispatcher(Protocol):
+    """The seam between routing and the experts' products."""
+
+    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Rows, Any]:
+        """Rows for the experts held here, and whatever `combine` needs to undo it."""
+        ...
+
+    def combine(self, y_ND: Tensor, plan: Any) -> Tensor:
+        """Sums each token's rows [N, D] back to [T, D]; weights were applied by the experts."""
+        ...
+
+
+class GroupPlan(NamedTuple):
+    token_N: Tensor  # the token each row comes from (padding rows: token 0)
+    row_TK: Tensor  # the row of each token's k-th pick
+
+
+def group_alignment(num_picks: int, num_experts: int) -> int:
+    """Rows to round each expert's group up to: about an eighth of the mean group, at most 64.
+
+    Keeps padding near 6 % of the rows on average while few distinct row counts occur.
+    """
+    eighth = num_picks // (8 * num_experts)
+    return min(64, 1 << (eighth.bit_length() - 1)) if eighth else 1
+
+
+class LocalDispatcher:
+    """All experts are on this device: sort rows by expert, and back."""
+
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int
+    ) -> tuple[Rows, GroupPlan]:
+        ids, device = ids_TK.flatten(), ids_TK.device
+        num_picks = ids.numel()
+        alignment = group_alignment(num_picks, num_experts)
+        # A bound that depends on shapes alone: no device synchronisation, and it traces.
+        num_rows = num_picks + num_experts * (alignment - 1)
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        counts.scatter_add_(0, ids, torch.ones_like(ids))
+        padded = (counts + alignment - 1) // alignment * alignment
+        ends = padded.cumsum(0)
+        order = ids.argsort(stable=True)
+        sorted_ids = ids[order]
+        shift = (ends - padded) - (counts.cumsum(0) - counts)
+        row_of_sorted = torch.arange(num_picks, device=device) + shift[sorted_ids]
+        rows = torch.empty_like(ids).scatter_(0, order, row_of_sorted)
+        tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        tokens.scatter_(0, row_of_sorted, order // ids_TK.shape[1])
+        plan = GroupPlan(tokens, rows.view_as(ids_TK))
+        weights = weights_TK.new_zeros(num_rows).scatter(0, rows, weights_TK.flatten())
+        return Rows(_Spread.apply(x_TD, *plan), weights, ends.to(torch.int32)), plan
+
+    def combine(self, y_ND: Tensor, plan: GroupPlan) -> Tensor:
+        return _Collect.apply(y_ND, *plan)
+
+
+def _collect(y_ND: Tensor, row_TK: Tensor) -> Tensor:
+    picked = y_ND.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1)
+    return picked.sum(1)
+
+
+class _Spread(torch.autograd.Function):
+    """Token rows to expert rows; its transpose is `_Collect`, and both only gather.
+
+    Autograd's own transpose of a gather is a scatter-add: serial on CPUs, unordered on GPUs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(row_TK)
+        return x_TD.index_select(0, token_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        return _collect(grad_ND, ctx.saved_tensors[0]), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Sums each token's expert rows; padding rows get a gradient that their weight 0 removes."""
+
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, token_N: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(token_N)
+        return _collect(y_ND, row_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+        return grad_TD.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class GroupedExperts(nn.Module):
+    """All routed experts as three stacked weights and two grouped products."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        assert spec.moe is not None
+        num_experts, width = spec.moe.n_routed_experts, spec.moe.moe_intermediate_size
+        # Gate and up stand side by side in a dimension of their own, so that both are one product
+        # and a shard of the width keeps them paired.
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2, width, spec.hidden_size))
+        self.down = nn.Parameter(torch.empty(num_experts, spec.hidden_size, width))
+
+    def forward(self, rows: Rows) -> Tensor:
+        """[N, D] outputs, already multiplied by the rows' weights."""
+        gate_up = self.gate_up.flatten(1, 2)
+        hidden = F.grouped_mm(rows.x_ND, gate_up.transpose(1, 2), offs=rows.ends_E)
+        gate, up = hidden.chunk(2, dim=-1)
+        hidden = F.silu(gate) * up * rows.weights_N.unsqueeze(-1).to(hidden.dtype)
+        return F.grouped_mm(hidden, self.down.transpose(1, 2), offs=rows.ends_E)
+
+
+class MoELayer(nn.Module):
+    """Routed experts plus shared experts (one MLP of their joint width)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        m = spec.moe
+        assert isinstance(m, MoE)
+        self.gate = Router(spec)
+        self.experts = GroupedExperts(spec)
+        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.shared_experts = (
+            SwiGLU(spec.hidden_size, m.n_shared_experts * m.moe_intermediate_size)
+            if m.n_shared_experts
+            else None
+        )
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_TD = x_BSD.flatten(0, 1)
+        ids_TK, weights_TK = self.gate(x_BSD)
+        rows, plan = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK, self.gate.weight.shape[0])
+        out_TD = self.dispatcher.combine(self.experts(rows), plan)
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(x_TD)
+        return out_TD.view_as(x_BSD)

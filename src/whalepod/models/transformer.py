@@ -1,0 +1,139 @@
+"""The whole model: blocks, head, multi-token prediction and their losses."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whalepod.models.attention import Attend, GroupedQueryAttention, MLAttention, Tables, causal
+from whalepod.models.mlp import SwiGLU
+from whalepod.models.moe import MoELayer
+from whalepod.models.rope import tables
+from whalepod.spec.errors import UserError
+from whalepod.spec.model import MLA, ModelSpec
+
+
+class Losses(NamedTuple):
+    """Sums over tokens of the negative log-likelihood, float32: next token, and by MTP depth."""
+
+    main: Tensor
+    mtp: tuple[Tensor, ...]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        attention = MLAttention if isinstance(spec.attention, MLA) else GroupedQueryAttention
+        self.input_layernorm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
+        self.self_attn = attention(spec, layer)
+        self.post_attention_layernorm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
+        self.mlp = (
+            MoELayer(spec) if spec.is_moe_layer(layer) else SwiGLU(spec.hidden_size, spec.intermediate_size)
+        )
+
+    def forward(self, x_BSD: Tensor, tables: Tables, attend: Attend = causal) -> Tensor:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), tables, attend)
+        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+
+
+class MTPBlock(nn.Module):
+    """One depth of multi-token prediction (V3, section 2.2; equations 21 to 23).
+
+    Joins the previous depth's normalised hidden state with the embedding of the token one further
+    on. The embedding and the head are the main model's.
+    """
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        self.enorm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
+        self.hnorm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * spec.hidden_size, spec.hidden_size, bias=False)
+        self.block = Block(spec, layer)
+        self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
+
+    def forward(self, h_BSD: Tensor, embedding_BSD: Tensor, tables: Tables, attend: Attend = causal) -> Tensor:
+        joined = torch.cat((self.enorm(embedding_BSD), self.hnorm(h_BSD)), dim=-1)
+        return self.norm(self.block(self.eh_proj(joined), tables, attend))
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-family model. Parameters are uninitialised until `init_weights` or loading."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        if spec.indexer is not None:
+            raise UserError(f"{spec.name}: sparse attention (V3.2) is planned for but cannot be run yet")
+        self.spec = spec
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(Block(spec, i) for i in range(spec.num_hidden_layers))
+        self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
+        self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        if spec.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        first = spec.num_hidden_layers
+        self.mtp = nn.ModuleList(MTPBlock(spec, first + k) for k in range(spec.num_nextn_predict_layers))
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+        attend: Attend = causal,
+    ) -> Tensor | Losses:
+        """Logits [B, S, V], or with `targets` the Losses.
+
+        targets: [B, S + number of MTP depths], the tokens that follow: targets[:, i] comes after
+        tokens_BS[:, i]. Targets below 0 are not counted in any loss.
+        positions: [S] or [B, S], default 0, 1, ...
+        """
+        if positions is None:
+            positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        a = self.spec.attention
+        rotary = a.qk_rope_head_dim if isinstance(a, MLA) else a.head_dim
+        cos_sin = tables(self.spec.rope, rotary, positions)
+        x = self.embed_tokens(tokens_BS)
+        for layer in self.layers:
+            x = layer(x, cos_sin, attend)
+        x = self.norm(x)
+        if targets is None:
+            return self.lm_head(x)
+        length = tokens_BS.shape[1]
+        main = self._loss(x, targets[:, :length])
+        mtp = []
+        for depth, block in enumerate(self.mtp, start=1):
+            embedding = self.embed_tokens(targets[:, depth - 1 : depth - 1 + length].clamp_min(0))
+            x = block(x, embedding, cos_sin, attend)
+            mtp.append(self._loss(x, targets[:, depth : depth + length]))
+        return Losses(main, tuple(mtp))
+
+    def _loss(self, x_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+        logits = self.lm_head(x_BSD.flatten(0, 1)).float()
+        return F.cross_entropy(logits, targets_BS.flatten(), ignore_index=-100, reduction="sum")
+
+
+def initial_value(name: str, shape: torch.Size, spec: ModelSpec, seed: int) -> Tensor:
+    """A parameter's or buffer's initial value in float32 on the CPU, by its name alone.
+
+    Depends on (name, seed) and on nothing else, so every rank of every layout starts from the
+    same model and need not hold more than one whole parameter at a time.
+    """
+    if name.endswith(("norm.weight", "layernorm.weight")):
+        return torch.ones(shape)
+    if name.endswith(("bias", "load")):
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape).normal_(0.0, spec.initializer_range, generator=generator)
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int) -> None:
+    """Fills an unsharded model in place."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensor.copy_(initial_value(name, tensor.shape, model.spec, seed))

@@ -1,0 +1,1 @@
+"""Ground floor: facts and vocabulary. Nothing here imports torch."""

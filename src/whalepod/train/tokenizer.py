@@ -1,0 +1,342 @@
+"""Text to token ids and back: a tokenizer that was loaded, or trained here in seconds.
+
+Byte-level BPE, as in every DeepSeek model: text becomes UTF-8 bytes, and the vocabulary holds all 256 of them, so
+nothing is unknown and decoding gives the text back exactly. The splitting into words before the merges is that
+of DeepSeek-V3's tokenizer.json: numbers in groups of three digits, runs of Chinese or Japanese, words with the
+mark before them. The work itself is done by the `tokenizers` library.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from filelock import FileLock
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from whalepod.spec.errors import UserError
+from whalepod.train import text as text_sources
+from whalepod.train.text import Progress
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+BOS_NAMES = (BOS, "<|begin_of_text|>", "<s>", "<bos>")
+EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<|im_end|>")
+MIN_VOCAB_SIZE = 256 + 2  # every byte, BOS and EOS
+SAMPLE_BYTES = 8_000_000  # more text hardly moves the merges of a small vocabulary, and training time is linear
+MAX_FILE_BYTES = 256 << 20  # the largest tokenizer.json known is a tenth of this
+RECIPE_VERSION = 1  # part of the cache key: raise it when the same text would train another tokenizer
+
+SPLITS = (
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with what a language model asks of it.
+
+    `bos_id` and `eos_id` are None where the tokenizer has no such token.
+    """
+
+    inner: tokenizers.Tokenizer = field(repr=False)
+    bos_id: int | None
+    eos_id: int | None
+
+    @cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        # A second copy, because the switch is a setting of the object and not an argument of its calls.
+        literal = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        literal.encode_special_tokens = True
+        literal.no_truncation()
+        literal.no_padding()
+        return literal
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of `text`, nothing added around them.
+
+        `special=True` reads a special token written out in the text as that token: for rendered chat templates.
+        By default it is text like any other, so no document or user can smuggle one in.
+        """
+        chosen = self.inner if special else self._literal
+        return chosen.encode(text_sources.clean(text), add_special_tokens=False).ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        encodings = self._literal.encode_batch_fast([*map(text_sources.clean, texts)], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
+        return self.inner.decode(list(ids), skip_special_tokens=skip_special)
+
+    def stream(self, *, skip_special: bool = True) -> StreamDecoder:
+        return StreamDecoder(self, skip_special=skip_special)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The smallest embedding that holds every id: the largest id + 1, for ids may have gaps."""
+        return max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self.inner.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def byte_level(self) -> bool:
+        """Whether tokens are runs of bytes, and a text is their concatenation."""
+        decoder = json.loads(self.inner.to_str())["decoder"] or {}
+        steps = decoder.get("decoders", [decoder])
+        return [step.get("type") for step in steps] == ["ByteLevel"]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the tokenizer's JSON."""
+        return hashlib.sha256(self.inner.to_str().encode()).hexdigest()
+
+    def save(self, path: str | Path) -> Path:
+        """Writes tokenizer.json (`path` itself if it ends in .json, else a file in that folder) and returns it.
+
+        A folder without a tokenizer_config.json gets one too, so that other engines find BOS and EOS.
+        """
+        path = Path(path)
+        folder = path.parent if path.suffix == ".json" else path
+        target = path if path.suffix == ".json" else path / "tokenizer.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, self.inner.to_str(pretty=True))
+            config = folder / "tokenizer_config.json"
+            if folder == path and not config.exists():
+                names = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+                tokens = {k: self.inner.id_to_token(i) for k, i in names.items() if i is not None}
+                write_atomically(config, json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **tokens}))
+        except OSError as error:
+            raise UserError(f"cannot write the tokenizer to {str(path)!r}: {error.strerror}") from error
+        return target
+
+
+class StreamDecoder:
+    """Decodes ids as they are generated, holding back the bytes of an unfinished character.
+
+    The pieces that `push` returns and the last one, of `finish`, join to exactly `decode` of all ids:
+
+        >>> decoder = tokenizer.stream()
+        >>> text = "".join(decoder.push(i) for i in ids) + decoder.finish()
+
+    For a byte-level tokenizer this is an incremental UTF-8 decoder, constant work for each id. For any other kind
+    the ids since the last whole character are decoded again with each new one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = tokenizer.special_ids if skip_special else frozenset()
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ids: list[int] = []  # not byte-level only: the previous group of ids, then those held back
+        self._shown = 0  # how many of these are the previous group, whose text is out
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes, often its own, possibly ''."""
+        if token_id in self._skip:
+            return ""
+        if self._tokenizer.byte_level:
+            return self._utf8.decode(self._bytes(token_id))
+        self._ids.append(token_id)
+        new = self._unshown()
+        if not new or new.endswith("\ufffd"):
+            return ""
+        # The group just shown stays as context: some decoders treat the first word of a text differently.
+        self._ids, self._shown = self._ids[self._shown :], len(self._ids) - self._shown
+        return new
+
+    def finish(self) -> str:
+        """What was held back and will not be completed any more. The decoder is empty afterwards."""
+        if self._tokenizer.byte_level:
+            text = self._utf8.decode(b"", final=True)
+            self._utf8.reset()
+            return text
+        text = self._unshown()
+        self._ids, self._shown = [], 0
+        return text
+
+    def _bytes(self, token_id: int) -> bytes:
+        token = self._tokenizer.inner.id_to_token(token_id)
+        if token is None:
+            return b""  # a model's vocabulary is often padded beyond the tokenizer's; decode() skips these too
+        try:
+            return bytes(BYTE_OF_CHARACTER[character] for character in token)
+        except KeyError:
+            return token.encode()  # an added token, written in plain text
+
+    def _unshown(self) -> str:
+        decode = self._tokenizer.decode
+        shown = decode(self._ids[: self._shown], skip_special=self._skip_special)
+        return decode(self._ids, skip_special=self._skip_special)[len(shown) :]
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's spelling of bytes as printable characters, read backwards: 'A' is 65, 'Ġ' is 32 (the space)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_of_character()
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, or of a folder that holds one.
+
+    BOS and EOS are those that tokenizer_config.json beside it names, else tokens with one of the usual names.
+    """
+    given = Path(path).expanduser()
+    file = given / "tokenizer.json" if given.is_dir() else given
+    if not file.is_file():
+        raise text_sources.missing(file, "tokenizer file")
+    try:
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise UserError(f"{str(file)!r} is larger than any tokenizer.json ({file.stat().st_size} bytes)")
+        content = json.loads(file.read_bytes())
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+            raise UserError(f"{str(file)!r} is not a tokenizer.json: it has no 'model' (tokenizers library format)")
+        inner = tokenizers.Tokenizer.from_file(str(file))
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from error
+    except Exception as error:  # the library raises plain Exception
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{str(file)!r} is not a tokenizer.json: {reason}") from error
+    config = _config_beside(file)
+    return Tokenizer(
+        inner,
+        bos_id=_special_id(inner, config.get("bos_token"), BOS_NAMES),
+        eos_id=_special_id(inner, config.get("eos_token"), EOS_NAMES),
+    )
+
+
+def train_tokenizer(
+    source: str,
+    vocab_size: int,
+    *,
+    text_field: str = "text",
+    sample_bytes: int = SAMPLE_BYTES,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens, BOS and EOS among them, trained on a sample of `source`.
+
+    Kept under the cache folder and reused for the same source, size and sample. Two processes that ask at once
+    get the same one: the second waits. A small text yields fewer merges, and so a smaller vocabulary.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(f"vocab_size is {vocab_size}, a byte-level tokenizer needs at least {MIN_VOCAB_SIZE}")
+    origin = text_sources.fingerprint(source, text_field=text_field)
+    key = hashlib.sha256(f"{RECIPE_VERSION}\0{origin}\0{vocab_size}\0{sample_bytes}".encode()).hexdigest()[:24]
+    file = cache_folder(cache_dir, "tokenizers") / f"{key}.json"
+    with FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            sample = text_sources.documents(source, text_field=text_field, max_bytes=sample_bytes)
+            total = min(sample_bytes, text_sources.total_bytes(source) or sample_bytes)
+            inner = _train(_counted(sample, total, progress), vocab_size)
+            try:
+                write_atomically(file, inner.to_str())
+            except OSError as error:
+                raise UserError(f"cannot write the tokenizer to {str(file)!r}: {error.strerror}") from error
+    return load_tokenizer(file)
+
+
+def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises UserError unless every id of `tokenizer` is a row of a model's embedding of `vocab_size` rows."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocab_size is {vocab_size}: "
+            f"it must be at least {tokenizer.vocab_size}"
+        )
+
+
+def cache_folder(cache_dir: str | Path | None = None, *parts: str) -> Path:
+    """`cache_dir`, else $WHALEPOD_CACHE, else ~/.cache/whalepod, joined with `parts`; made if need be."""
+    root = Path(cache_dir or os.environ.get("WHALEPOD_CACHE") or "~/.cache/whalepod").expanduser()
+    folder = root.joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the cache folder {str(folder)!r}: {error.strerror} (set WHALEPOD_CACHE to another place)"
+        ) from error
+    return folder
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Writes `content` beside `path` and renames: a reader sees the old file or the whole new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock others out of a shared cache
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _train(sample: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+    inner = tokenizers.Tokenizer(models.BPE())
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(sample, trainer)
+    return inner
+
+
+def _counted(texts: Iterator[str], total: int, progress: Progress | None) -> Iterator[str]:
+    """Passes `texts` on and reports their bytes."""
+    done = 0
+    for text in texts:
+        yield text
+        done += len(text.encode())
+        if progress:
+            progress("training the tokenizer", min(done, total), total)
+    if progress:
+        progress("training the tokenizer", total, total)
+
+
+def _config_beside(file: Path) -> dict[str, Any]:
+    config = file.with_name("tokenizer_config.json")
+    if not config.is_file():
+        return {}
+    try:
+        content = json.loads(config.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(config)!r} is not JSON") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _special_id(inner: tokenizers.Tokenizer, named: Any, usual: tuple[str, ...]) -> int | None:
+    """The id of the token that a tokenizer_config.json names, as text or as an object, else of a usual one."""
+    if isinstance(named, dict):
+        named = named.get("content")
+    names = (named, *usual) if isinstance(named, str) else usual
+    return next((i for name in names if (i := inner.token_to_id(name)) is not None), None)
