@@ -38,7 +38,8 @@ class Attention(nn.Module):
     """What a cache needs to know: `layer` (its index) and the two ways to attend.
 
     q [B, S, H, width], kv [B, L, width of the cache] -> [B, S, H x value width].
-    `mask` [S, L] or [B, 1, S, L] is True where a query may look; None is the causal square.
+    `mask` [S, L] or [B, 1, S, L] is True where a query may look; None is causal, the queries being
+    the last S of the L positions.
     """
 
     layer: int
@@ -49,6 +50,33 @@ class Attention(nn.Module):
     def absorbed(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         """Only MLA has a cheaper form for few queries."""
         return self.expanded(q, kv, mask)
+
+    def prefers_absorbed(self, num_queries: int) -> bool:
+        """Whether `absorbed` costs fewer operations for this many queries over a long cache."""
+        return False
+
+
+def causal_mask(num_queries: int, length: int, device: torch.device) -> Tensor:
+    """[S, L], True where the last S of L positions may look."""
+    return torch.ones(num_queries, length, dtype=torch.bool, device=device).tril(length - num_queries)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Fused attention on [B, S or L, heads, width]; keys may have fewer heads than queries."""
+    num_queries, length = q.shape[1], k.shape[1]
+    square = mask is None and num_queries == length
+    if mask is None and 1 < num_queries < length:
+        mask = causal_mask(num_queries, length, q.device)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=square,
+        scale=scale,
+        enable_gqa=k.shape[2] != q.shape[2],
+    )
+    return out.transpose(1, 2)
 
 
 class MLAttention(Attention):
@@ -96,15 +124,15 @@ class MLAttention(Attention):
         # The fused kernels want one width for queries, keys and values: without this padding the
         # CPU falls back to an S x L score matrix at half the speed.
         v = F.pad(v, (0, a.qk_head_dim - a.v_head_dim)) if a.v_head_dim < a.qk_head_dim else v
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-        )
-        return out.transpose(1, 2)[..., : a.v_head_dim].flatten(-2)
+        return _attention(q, k, v, mask, self.scale)[..., : a.v_head_dim].flatten(-2)
+
+    def prefers_absorbed(self, num_queries: int) -> bool:
+        # Per head and cached token: expanding costs C (N + V) once and N + R + V for each query,
+        # absorbed attention 2 C + R for each query.
+        a = self.config
+        expand = a.kv_lora_rank * (a.qk_nope_head_dim + a.v_head_dim)
+        extra = 2 * a.kv_lora_rank - a.qk_nope_head_dim - a.v_head_dim
+        return num_queries * extra < expand
 
     def absorbed(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         a = self.config
@@ -117,7 +145,7 @@ class MLAttention(Attention):
         scores = torch.bmm(q.flatten(1, 2), kv.transpose(1, 2)).unflatten(1, (num_queries, heads))
         scores = scores.float() * self.scale
         if mask is None:
-            mask = torch.ones(num_queries, kv.shape[1], dtype=torch.bool, device=q.device).tril()
+            mask = causal_mask(num_queries, kv.shape[1], q.device)
         allowed = mask[None, :, None] if mask.dim() == 2 else mask.transpose(1, 2)
         weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1).to(q.dtype)
         out = torch.bmm(weights.flatten(1, 2), kv[..., : a.kv_lora_rank])
@@ -154,13 +182,4 @@ class GroupedQueryAttention(Attention):
 
     def expanded(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         k, v = kv.unflatten(-1, (2, -1, self.config.head_dim)).unbind(-3)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=k.shape[-2] != q.shape[-2],
-        )
-        return out.transpose(1, 2).flatten(-2)
+        return _attention(q, k, v, mask, self.scale).flatten(-2)

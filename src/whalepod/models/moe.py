@@ -59,7 +59,7 @@ class Router(nn.Module):
         weights_TK = weights_TK * m.routed_scaling_factor
         if self.training:
             with torch.no_grad():
-                ones = torch.ones((), device=ids_TK.device).expand(ids_TK.numel())
+                ones = self.load.new_ones(()).expand(ids_TK.numel())
                 self.load.scatter_add_(0, ids_TK.flatten(), ones)
             if self.balance_weight:
                 loss = sequence_balance_loss(scores_TE.unflatten(0, x_BSD.shape[:2]), ids_TK)

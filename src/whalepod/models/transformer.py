@@ -6,10 +6,10 @@ import hashlib
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whalepod.models.attention import Attend, GroupedQueryAttention, MLAttention, Tables, causal
+from whalepod.models.loss import head_loss
 from whalepod.models.mlp import SwiGLU
 from whalepod.models.moe import MoELayer
 from whalepod.models.rope import tables
@@ -92,15 +92,8 @@ class Transformer(nn.Module):
         tokens_BS[:, i]. Targets below 0 are not counted in any loss.
         positions: [S] or [B, S], default 0, 1, ...
         """
-        if positions is None:
-            positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-        a = self.spec.attention
-        rotary = a.qk_rope_head_dim if isinstance(a, MLA) else a.head_dim
-        cos_sin = tables(self.spec.rope, rotary, positions)
-        x = self.embed_tokens(tokens_BS)
-        for layer in self.layers:
-            x = layer(x, cos_sin, attend)
-        x = self.norm(x)
+        cos_sin = self._tables(tokens_BS, positions)
+        x = self._blocks(tokens_BS, cos_sin, attend)
         if targets is None:
             return self.lm_head(x)
         length = tokens_BS.shape[1]
@@ -112,9 +105,24 @@ class Transformer(nn.Module):
             mtp.append(self._loss(x, targets[:, depth : depth + length]))
         return Losses(main, tuple(mtp))
 
+    def hidden(self, tokens_BS: Tensor, positions: Tensor | None, attend: Attend) -> Tensor:
+        """The last hidden states [B, S, D], normalised: what the head reads."""
+        return self._blocks(tokens_BS, self._tables(tokens_BS, positions), attend)
+
+    def _tables(self, tokens_BS: Tensor, positions: Tensor | None) -> Tables:
+        if positions is None:
+            positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        a = self.spec.attention
+        return tables(self.spec.rope, a.qk_rope_head_dim if isinstance(a, MLA) else a.head_dim, positions)
+
+    def _blocks(self, tokens_BS: Tensor, cos_sin: Tables, attend: Attend) -> Tensor:
+        x = self.embed_tokens(tokens_BS)
+        for layer in self.layers:
+            x = layer(x, cos_sin, attend)
+        return self.norm(x)
+
     def _loss(self, x_BSD: Tensor, targets_BS: Tensor) -> Tensor:
-        logits = self.lm_head(x_BSD.flatten(0, 1)).float()
-        return F.cross_entropy(logits, targets_BS.flatten(), ignore_index=-100, reduction="sum")
+        return head_loss(x_BSD.flatten(0, 1), self.lm_head.weight, targets_BS.flatten())
 
 
 def initial_value(name: str, shape: torch.Size, spec: ModelSpec, seed: int) -> Tensor:

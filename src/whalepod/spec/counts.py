@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import ceil
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.model import GQA, MLA, ModelSpec, MoE
@@ -27,17 +27,19 @@ GIB = 2**30
 TRAINING_STATE_BYTES_PER_PARAM = 16
 """BF16 weight and gradient (2 + 2) beside FP32 master weight and two FP32 Adam moments (12)."""
 
+WeightType = Literal["bf16", "fp8"]
+
 
 @dataclass(frozen=True)
 class _Parts:
     """Numbers with names: `+`, `scaled` and `total` go over all fields."""
 
-    def __add__(self, other: Any):  # -> Self, typed in 3.11's typing only for methods that return type(self)
+    def __add__(self, other: Self) -> Self:
         if type(other) is not type(self):
             return NotImplemented
         return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
-    def scaled(self, factor: float):
+    def scaled(self, factor: int) -> Self:
         """Every part times `factor`."""
         return type(self)(*(getattr(self, f.name) * factor for f in fields(self)))
 
@@ -45,15 +47,12 @@ class _Parts:
         """The parts that are not zero, by name."""
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name))}
 
-    @property
-    def total(self):
-        return sum(getattr(self, f.name) for f in fields(self))
-
 
 @dataclass(frozen=True)
 class Params(_Parts):
-    """Parameters by part, in elements. The `attn_*` matrices are MLA's (`q_a` ... `kv_b`) or GQA's (`q`, `k`, `v`).
+    """Parameters by part, in elements.
 
+    The `attn_*` matrices are those of MLA (`q_a` to `kv_b`, or `q` without query compression) or of GQA.
     `norms` holds every normalisation weight, those on latents, queries and keys included.
     `selection_bias` is V3's `e_score_correction_bias`: no gradient, yet counted by the report.
     """
@@ -79,6 +78,10 @@ class Params(_Parts):
     head: int = 0
 
     @property
+    def total(self) -> int:
+        return sum(self.as_dict().values())
+
+    @property
     def attention(self) -> int:
         """All attention matrices and biases, without the indexer and the norms."""
         return sum(v for k, v in self.as_dict().items() if k.startswith("attn_"))
@@ -98,6 +101,10 @@ class Flops(_Parts):
     shared_experts: float = 0
     mtp_proj: float = 0
     head: float = 0
+
+    @property
+    def total(self) -> float:
+        return sum(self.as_dict().values())
 
 
 # ---------------------------------------------------------------------------------------- parameters
@@ -223,29 +230,36 @@ def mtp_unique_params(spec: ModelSpec) -> int:
     return mtp_params(spec).total
 
 
-def weight_bytes(spec: ModelSpec, dtype: Literal["bf16", "fp8"] = "bf16", mtp: bool = False) -> int:
+def layer_weight_bytes(spec: ModelSpec, layer: int, dtype: WeightType = "bf16") -> int:
+    """Bytes of block `layer`'s weights; `dtype` as in `weight_bytes`."""
+    if dtype not in ("bf16", "fp8"):
+        raise UserError(f"unknown weight precision {dtype!r}{nearest(dtype, ('bf16', 'fp8'))}")
+    p = layer_params(spec, layer)
+    if dtype == "bf16":
+        return 2 * p.total
+    block = spec.quantization.weight_block_size if spec.quantization else (128, 128)
+    elements = scales = 0
+    for rows, columns, count in _linears(spec, layer):
+        elements += count * rows * columns
+        scales += count * ceil(rows / block[0]) * ceil(columns / block[1])
+    return elements + 4 * scales + 2 * (p.total - elements - p.selection_bias) + 4 * p.selection_bias
+
+
+def weight_bytes(spec: ModelSpec, dtype: WeightType = "bf16", mtp: bool = False) -> int:
     """Bytes of the weights. `fp8` is the published form of V3 (report 3.3; README_WEIGHTS).
 
     In `fp8` the linear layers hold one byte per element and one FP32 scale per block (128 x 128 unless the
     model says otherwise); embedding, head, router, norms, biases, the MTP projection and the indexer's head
     weights stay BF16, the selection bias FP32.
     """
-    if dtype not in ("bf16", "fp8"):
-        raise UserError(f"unknown weight precision {dtype!r}{nearest(dtype, ('bf16', 'fp8'))}")
-    p = params(spec, mtp=mtp)
-    if dtype == "bf16":
-        return 2 * p.total
-    layers = [*_layer_kinds(spec)]
+    total = 2 * (embedding_params(spec) + head_params(spec)).total
+    for layer, count in _layer_kinds(spec):
+        total += count * layer_weight_bytes(spec, layer, dtype)
     if mtp:
-        layers += [(spec.num_hidden_layers + i, 1) for i in range(spec.num_nextn_predict_layers)]
-    block = spec.quantization.weight_block_size if spec.quantization else (128, 128)
-    elements = scales = 0
-    for layer, layer_count in layers:
-        for rows, columns, count in _linears(spec, layer):
-            elements += layer_count * count * rows * columns
-            scales += layer_count * count * ceil(rows / block[0]) * ceil(columns / block[1])
-    kept = p.total - elements - p.selection_bias
-    return elements + 4 * scales + 2 * kept + 4 * p.selection_bias
+        d = spec.hidden_size
+        for depth in range(spec.num_nextn_predict_layers):
+            total += layer_weight_bytes(spec, spec.num_hidden_layers + depth, dtype) + 2 * (2 * d * d + 3 * d)
+    return total
 
 
 # --------------------------------------------------------------------------------------------- FLOPs
@@ -315,7 +329,7 @@ def mtp_flops(spec: ModelSpec, seq_len: int = 4096, causal: bool = True) -> Flop
 
 
 def forward_flops(spec: ModelSpec, seq_len: int = 4096, causal: bool = True, mtp: bool = False) -> Flops:
-    """The whole model, forward, per token of a sequence of `seq_len` (training or prefill with all logits)."""
+    """The whole model, forward, per token of a sequence of `seq_len`; prefill pays the head once only."""
     total = head_flops(spec)
     for layer, count in _layer_kinds(spec):
         total += layer_flops(spec, layer, seq_len, causal).scaled(count)
@@ -419,7 +433,7 @@ def compressed_kv_bytes_per_token(config: Mapping[str, Any]) -> float:
     ratios = config["compress_ratios"][: config["num_hidden_layers"]]
     key = mxfp4_bytes(config["index_head_dim"])
     if config["kv_layout"] == "v4.1":
-        # Four sources for forty layers; the latent is FP4 with an E4M3 scale per 16, and each has an index key.
+        # The latent is FP4 with an E4M3 scale per 16; each source keeps index keys too.
         entry = mxfp4_bytes(config["head_dim"], group=16) + key
         return _whole(sum(entry / ratios[layer] for layer in config["kv_source_layer_ids"]))
     entry = v4_entry_bytes(config["head_dim"], config["qk_rope_head_dim"])
@@ -428,12 +442,17 @@ def compressed_kv_bytes_per_token(config: Mapping[str, Any]) -> float:
 
 
 def sliding_window_bytes(config: Mapping[str, Any]) -> int:
-    """Bytes per sequence of V4's sliding window, which every layer keeps beside its compressed entries."""
+    """Bytes per sequence of V4's sliding window, which every layer keeps beside its compressed entries.
+
+    `config` as in `compressed_kv_bytes_per_token`, with `sliding_window`; V4.1's is not published.
+    """
+    if config["kv_layout"] != "v4":
+        raise UserError(f"sliding window bytes are known for kv_layout 'v4', not {config['kv_layout']!r}")
     entry = v4_entry_bytes(config["head_dim"], config["qk_rope_head_dim"])
     return config["num_hidden_layers"] * config["sliding_window"] * entry
 
 
-# ------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------- inner workings
 
 
 def _layer_kinds(spec: ModelSpec) -> Sequence[tuple[int, int]]:
@@ -475,7 +494,8 @@ def _linears(spec: ModelSpec, layer: int) -> list[tuple[int, int, int]]:
 
 def _indexer_matrices(spec: ModelSpec) -> int:
     a, i = spec.attention, spec.indexer
-    assert i is not None and isinstance(a, MLA)
+    assert i is not None
+    assert isinstance(a, MLA)
     queries = (a.q_lora_rank or spec.hidden_size) * i.index_n_heads * i.index_head_dim
     return queries + spec.hidden_size * (i.index_head_dim + i.index_n_heads)
 

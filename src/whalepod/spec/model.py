@@ -7,8 +7,10 @@ planner) asks the spec; nothing looks at a model's name.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,6 +148,15 @@ class ModelSpec:
 
     def with_(self, **changes: Any) -> ModelSpec:
         """A copy with fields of the spec or of its attention, experts or rope replaced."""
+        for key, value in changes.items():
+            places = (self, self.attention, self.moe, self.rope)
+            old = next((getattr(part, key) for part in places if hasattr(part, key)), None)
+            allowed = (int, float) if type(old) is float else type(old)
+            if isinstance(value, dict | list) or (
+                isinstance(old, bool | int | float | str)
+                and (not isinstance(value, allowed) or isinstance(value, bool) != isinstance(old, bool))
+            ):
+                raise UserError(f"{key} must be of type {type(old).__name__}, not {shown(value)}")
         own = {k: v for k, v in changes.items() if k in ModelSpec.__dataclass_fields__}
         rest = {k: v for k, v in changes.items() if k not in own}
         for part in ("attention", "moe", "rope"):
@@ -174,19 +185,48 @@ _ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "deepseek_v32": "DeepseekV32ForCausalLM",
 }
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+    ),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+_MAX_CONFIG_CHARS = 2**22
+
+
+def shown(value: object) -> str:
+    """`repr` for messages: short and shallow, whatever a hostile file holds."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # integers of thousands of digits have no repr
+        return "a huge number"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
 
 
 def read_config(path: Path | str) -> ModelSpec:
     """ModelSpec of a Hugging Face folder or `config.json`. Raises UserError with one line."""
     path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
     try:
-        text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read model config {file}: {error}") from None
+        file = path / "config.json" if path.is_dir() else path
+        with file.open(encoding="utf-8") as stream:
+            text = stream.read(_MAX_CONFIG_CHARS + 1)
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
+        raise UserError(f"cannot read model config {shown(str(path))}: {error}") from None
+    if len(text) > _MAX_CONFIG_CHARS:
+        raise UserError(f"{file} is larger than a model config may be ({_MAX_CONFIG_CHARS} characters)")
     try:
         config = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also integers of thousands of digits
         raise UserError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} must hold a JSON object, not {type(config).__name__}")
@@ -201,12 +241,14 @@ def from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
 
     Raises UserError naming the field that is missing, of the wrong type or not supported.
     """
+    if not isinstance(config, Mapping):
+        raise UserError(f"config must be a mapping, not {type(config).__name__}")
     c = _Fields(config)
     model_type = c.get("model_type", str, None)
     if model_type is None:
         by_class = {v: k for k, v in _ARCHITECTURES.items()}
-        architectures = c.get("architectures", list, [None])
-        model_type = by_class.get(architectures[0] if architectures else None)
+        first = next(iter(c.get("architectures", list, [])), None)
+        model_type = by_class.get(first) if isinstance(first, str) else None
         if model_type is None:
             raise UserError("config has neither a known 'model_type' nor 'architectures'")
     if model_type not in _ARCHITECTURES:
@@ -310,34 +352,21 @@ def _rope(c: _Fields, interleaved: bool) -> Rope:
     merged = c.get("rope_parameters", dict, None) or c.get("rope_scaling", dict, None) or {}
     s = _Fields(merged)
     kind = s.get("rope_type", str, None) or s.get("type", str, "default")
-    kinds = ("default", "linear", "yarn", "llama3")
-    if kind not in kinds:
-        raise UserError(f"rope type {kind!r} is not supported{nearest(kind, kinds)}")
-    return Rope(
-        theta=s.get("rope_theta", float, None) or c.get("rope_theta", float, 10000.0),
-        kind=kind,
-        factor=s.get("factor", float, 1.0),
-        original_max_position_embeddings=s.get("original_max_position_embeddings", int, None),
-        beta_fast=s.get("beta_fast", float, 32.0),
-        beta_slow=s.get("beta_slow", float, 1.0),
-        mscale=s.get("mscale", float, None),
-        mscale_all_dim=s.get("mscale_all_dim", float, None),
-        low_freq_factor=s.get("low_freq_factor", float, 1.0),
-        high_freq_factor=s.get("high_freq_factor", float, 4.0),
-        interleaved=interleaved,
-    )
+    if kind not in _ROPE_FIELDS:
+        raise UserError(f"rope type {kind!r} is not supported{nearest(kind, _ROPE_FIELDS)}")
+    # Only what the kind uses: stray fields of another kind would make equal models differ.
+    used = {
+        f: s.get(f, int if f == "original_max_position_embeddings" else float, getattr(Rope, f))
+        for f in _ROPE_FIELDS[kind]
+    }
+    theta = s.get("rope_theta", float, None) or c.get("rope_theta", float, 10000.0)
+    return Rope(theta=theta, kind=kind, interleaved=interleaved, **used)
 
 
 def _rope_scaling(rope: Rope) -> dict[str, Any] | None:
-    fields = {
-        "default": (),
-        "linear": ("factor",),
-        "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
-        "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    }[rope.kind]
     if rope.kind == "default":
         return None
-    values = {f: getattr(rope, f) for f in fields if getattr(rope, f) is not None}
+    values = {f: getattr(rope, f) for f in _ROPE_FIELDS[rope.kind] if getattr(rope, f) is not None}
     return {"type": rope.kind, "rope_type": rope.kind} | values
 
 
@@ -374,8 +403,10 @@ def _quantization(config: dict[str, Any]) -> BlockFP8:
     if method != "fp8":
         raise UserError(f"quantization_config quant_method {method!r} is not supported (allowed: fp8)")
     block = q.get("weight_block_size", list, [128, 128])
-    if len(block) != 2 or not all(isinstance(b, int) and not isinstance(b, bool) and b > 0 for b in block):
-        raise UserError(f"weight_block_size must be two positive numbers, not {block}")
+    if len(block) != 2 or not all(
+        isinstance(b, int) and not isinstance(b, bool) and 0 < b < 10**9 for b in block
+    ):
+        raise UserError(f"weight_block_size must be two positive numbers, not {shown(block)}")
     scale_fmt = q.get("scale_fmt", str, "float32")
     if scale_fmt not in ("float32", "ue8m0"):
         raise UserError(f"scale_fmt {scale_fmt!r} is not supported (allowed: float32, ue8m0)")
@@ -392,12 +423,14 @@ class _Fields:
         value = self.values.get(key)
         if value is None:
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023:
             value = float(value)
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise UserError(f"{key} must be of type {kind.__name__}, not {value!r}"[:300])
+            raise UserError(f"{key} must be of type {kind.__name__}, not {shown(value)}")
+        if isinstance(value, str) and len(value) > 200:
+            raise UserError(f"{key} must be at most 200 characters long, not {len(value)}")
         return value
 
     def need(self, key: str, kind: type) -> Any:
@@ -430,19 +463,32 @@ def _validate(s: ModelSpec) -> None:
     for field, value in positive.items():
         # An upper bound keeps a hostile config from asking for more than any machine has.
         if not 0 < value < 10**9:
-            raise UserError(f"{field} must be between 1 and {10**9 - 1}, not {value}")
+            raise UserError(f"{field} must be greater than 0 and below {10**9}, not {shown(value)}")
+    rope = {f: v for f in s.rope.__dataclass_fields__ if isinstance(v := getattr(s.rope, f), float)}
+    for field, value in (rope | {"initializer_range": s.initializer_range}).items():
+        if not isfinite(value):
+            raise UserError(f"{field} must be a finite number, not {value}")
+    if not 0 < (s.rope.original_max_position_embeddings or 1) < 10**9:
+        number = shown(s.rope.original_max_position_embeddings)
+        raise UserError(f"original_max_position_embeddings must be between 1 and {10**9 - 1}, not {number}")
+    if s.initializer_range < 0:
+        raise UserError(f"initializer_range must not be negative, not {s.initializer_range}")
     if not 0 <= s.num_nextn_predict_layers <= 16:
-        raise UserError(f"num_nextn_predict_layers must be 0 to 16, not {s.num_nextn_predict_layers}")
+        raise UserError(f"num_nextn_predict_layers must be 0 to 16, not {shown(s.num_nextn_predict_layers)}")
     if s.num_hidden_layers > 10_000:
         raise UserError(f"num_hidden_layers must be at most 10000, not {s.num_hidden_layers}")
     if isinstance(a, MLA):
-        if a.q_lora_rank is not None and a.q_lora_rank <= 0:
-            raise UserError(f"q_lora_rank must be positive or null, not {a.q_lora_rank}")
+        if a.q_lora_rank is not None and not 0 < a.q_lora_rank < 10**9:
+            number = shown(a.q_lora_rank)
+            raise UserError(f"q_lora_rank must be between 1 and {10**9 - 1} or null, not {number}")
+        if a.q_lora_rank is None and s.indexer is not None:
+            raise UserError("q_lora_rank must not be null: the indexer reads the compressed query")
         rotary = a.qk_rope_head_dim
     else:
         if s.num_attention_heads % a.num_key_value_heads:
             raise UserError(
-                f"num_key_value_heads {a.num_key_value_heads} must divide num_attention_heads {s.num_attention_heads}"
+                f"num_key_value_heads {a.num_key_value_heads} must divide "
+                f"num_attention_heads {s.num_attention_heads}"
             )
         rotary = a.head_dim
     if rotary % 2:
@@ -457,8 +503,11 @@ def _validate(s: ModelSpec) -> None:
         raise UserError(f"topk_group {m.topk_group} must be at most n_group {m.n_group}")
     reachable = m.n_routed_experts // m.n_group * m.topk_group
     if m.num_experts_per_tok > reachable:
-        raise UserError(f"num_experts_per_tok {m.num_experts_per_tok} must be at most the {reachable} experts within reach")
-    if m.first_k_dense_replace < 0 or m.n_shared_experts < 0:
-        raise UserError("first_k_dense_replace and n_shared_experts must not be negative")
+        raise UserError(
+            f"num_experts_per_tok {m.num_experts_per_tok} must be at most the {reachable} within reach"
+        )
+    for field in ("first_k_dense_replace", "n_shared_experts"):
+        if not 0 <= getattr(m, field) < 10**9:
+            raise UserError(f"{field} must be between 0 and {10**9 - 1}, not {shown(getattr(m, field))}")
     if m.topk_method == "noaux_tc" and m.n_group > 1 and m.n_routed_experts // m.n_group < 2:
         raise UserError("noaux_tc scores a group by its best two experts; groups of one are not possible")

@@ -1,9 +1,9 @@
 """Text to token ids and back: a tokenizer that was loaded, or trained here in seconds.
 
-Byte-level BPE, as in every DeepSeek model: text becomes UTF-8 bytes, and the vocabulary holds all 256 of them, so
-nothing is unknown and decoding gives the text back exactly. The splitting into words before the merges is that
-of DeepSeek-V3's tokenizer.json: numbers in groups of three digits, runs of Chinese or Japanese, words with the
-mark before them. The work itself is done by the `tokenizers` library.
+Byte-level BPE, as in every DeepSeek model: text becomes UTF-8 bytes, and the vocabulary holds all 256 of
+them, so nothing is unknown and decoding gives the text back exactly. The splitting into words before the
+merges is that of DeepSeek-V3's tokenizer.json: numbers in groups of three digits, runs of Chinese or
+Japanese, words with the mark before them. The work itself is done by the `tokenizers` library.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,15 +25,15 @@ from filelock import FileLock
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from whalepod.spec.errors import UserError
-from whalepod.train import text as text_sources
-from whalepod.train.text import Progress
+from whalepod.text import sources as text_sources
+from whalepod.text.sources import Progress
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<s>", "<bos>")
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<|im_end|>")
 MIN_VOCAB_SIZE = 256 + 2  # every byte, BOS and EOS
-SAMPLE_BYTES = 8_000_000  # more text hardly moves the merges of a small vocabulary, and training time is linear
+SAMPLE_BYTES = 8_000_000  # more text hardly moves the merges, and costs time
 MAX_FILE_BYTES = 256 << 20  # the largest tokenizer.json known is a tenth of this
 RECIPE_VERSION = 1  # part of the cache key: raise it when the same text would train another tokenizer
 
@@ -60,22 +61,21 @@ class Tokenizer:
         # A second copy, because the switch is a setting of the object and not an argument of its calls.
         literal = tokenizers.Tokenizer.from_str(self.inner.to_str())
         literal.encode_special_tokens = True
-        literal.no_truncation()
-        literal.no_padding()
         return literal
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of `text`, nothing added around them.
 
-        `special=True` reads a special token written out in the text as that token: for rendered chat templates.
-        By default it is text like any other, so no document or user can smuggle one in.
+        `special=True` reads a special token written out in the text as that token: for rendered chat
+        templates. By default it is text like any other, so no document or user can smuggle one in.
         """
         chosen = self.inner if special else self._literal
         return chosen.encode(text_sources.clean(text), add_special_tokens=False).ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        encodings = self._literal.encode_batch_fast([*map(text_sources.clean, texts)], add_special_tokens=False)
+        cleaned = [text_sources.clean(text) for text in texts]
+        encodings = self._literal.encode_batch_fast(cleaned, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -107,7 +107,7 @@ class Tokenizer:
         return hashlib.sha256(self.inner.to_str().encode()).hexdigest()
 
     def save(self, path: str | Path) -> Path:
-        """Writes tokenizer.json (`path` itself if it ends in .json, else a file in that folder) and returns it.
+        """Writes the file `path` if that ends in .json, else tokenizer.json in that folder; returns the file.
 
         A folder without a tokenizer_config.json gets one too, so that other engines find BOS and EOS.
         """
@@ -135,8 +135,8 @@ class StreamDecoder:
         >>> decoder = tokenizer.stream()
         >>> text = "".join(decoder.push(i) for i in ids) + decoder.finish()
 
-    For a byte-level tokenizer this is an incremental UTF-8 decoder, constant work for each id. For any other kind
-    the ids since the last whole character are decoded again with each new one.
+    For a byte-level tokenizer this is an incremental UTF-8 decoder, constant work for each id. For any other
+    kind the ids since the last whole character are decoded again with each new one.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
@@ -174,7 +174,7 @@ class StreamDecoder:
     def _bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.inner.id_to_token(token_id)
         if token is None:
-            return b""  # a model's vocabulary is often padded beyond the tokenizer's; decode() skips these too
+            return b""  # models pad their vocabulary beyond the tokenizer's; decode() skips such ids too
         try:
             return bytes(BYTE_OF_CHARACTER[character] for character in token)
         except KeyError:
@@ -188,7 +188,7 @@ class StreamDecoder:
 
 def _byte_of_character() -> dict[str, int]:
     """GPT-2's spelling of bytes as printable characters, read backwards: 'A' is 65, 'Ġ' is 32 (the space)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
@@ -210,8 +210,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise UserError(f"{str(file)!r} is larger than any tokenizer.json ({file.stat().st_size} bytes)")
         content = json.loads(file.read_bytes())
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-            raise UserError(f"{str(file)!r} is not a tokenizer.json: it has no 'model' (tokenizers library format)")
+            raise UserError(f"{str(file)!r} is not a tokenizer.json: it has no 'model'")
         inner = tokenizers.Tokenizer.from_file(str(file))
+        inner.no_truncation()  # some are saved with a length limit, which would cut documents silently
+        inner.no_padding()
     except UserError:
         raise
     except OSError as error:
@@ -236,34 +238,32 @@ def train_tokenizer(
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens, BOS and EOS among them, trained on a sample of `source`.
+    """A byte-level BPE of at most `vocab_size` tokens, BOS and EOS included, trained on a sample of `source`.
 
-    Kept under the cache folder and reused for the same source, size and sample. Two processes that ask at once
-    get the same one: the second waits. A small text yields fewer merges, and so a smaller vocabulary.
+    Kept under the cache folder and reused for the same source, size and sample. Two processes that ask at
+    once get the same one: the second waits. A small text yields fewer merges, and so a smaller vocabulary.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"vocab_size is {vocab_size}, a byte-level tokenizer needs at least {MIN_VOCAB_SIZE}")
     origin = text_sources.fingerprint(source, text_field=text_field)
-    key = hashlib.sha256(f"{RECIPE_VERSION}\0{origin}\0{vocab_size}\0{sample_bytes}".encode()).hexdigest()[:24]
+    recipe = f"{RECIPE_VERSION}\0{origin}\0{vocab_size}\0{sample_bytes}"
+    key = hashlib.sha256(recipe.encode()).hexdigest()[:24]
     file = cache_folder(cache_dir, "tokenizers") / f"{key}.json"
-    with FileLock(file.with_suffix(".lock")):
-        if not file.exists():
-            sample = text_sources.documents(source, text_field=text_field, max_bytes=sample_bytes)
-            total = min(sample_bytes, text_sources.total_bytes(source) or sample_bytes)
-            inner = _train(_counted(sample, total, progress), vocab_size)
-            try:
-                write_atomically(file, inner.to_str())
-            except OSError as error:
-                raise UserError(f"cannot write the tokenizer to {str(file)!r}: {error.strerror}") from error
+    if not file.exists():
+        with made_once(file):
+            if not file.exists():
+                sample = text_sources.documents(source, text_field=text_field, max_bytes=sample_bytes)
+                total = min(sample_bytes, text_sources.total_bytes(source) or sample_bytes)
+                write_atomically(file, _train(_counted(sample, total, progress), vocab_size).to_str())
     return load_tokenizer(file)
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises UserError unless every id of `tokenizer` is a row of a model's embedding of `vocab_size` rows."""
+    """Raises UserError unless every id of `tokenizer` is below a model's `vocab_size`."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocab_size is {vocab_size}: "
-            f"it must be at least {tokenizer.vocab_size}"
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocab_size is "
+            f"{vocab_size}: it must be at least {tokenizer.vocab_size}"
         )
 
 
@@ -275,9 +275,23 @@ def cache_folder(cache_dir: str | Path | None = None, *parts: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the cache folder {str(folder)!r}: {error.strerror} (set WHALEPOD_CACHE to another place)"
+            f"cannot make the cache folder {str(folder)!r}: {error.strerror} (see WHALEPOD_CACHE)"
         ) from error
     return folder
+
+
+@contextmanager
+def made_once(path: Path) -> Iterator[None]:
+    """Holds the lock of a cached file or folder while it is made; other processes that want it wait.
+
+    Check again inside whether it exists. A failure to write, such as a full disk, becomes a UserError.
+    """
+    try:
+        with FileLock(path.with_name(f"{path.name}.lock")):
+            yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"cannot write {str(path)!r}: {reason} (see WHALEPOD_CACHE)") from error
 
 
 def write_atomically(path: Path, content: str) -> None:
@@ -335,7 +349,7 @@ def _config_beside(file: Path) -> dict[str, Any]:
 
 
 def _special_id(inner: tokenizers.Tokenizer, named: Any, usual: tuple[str, ...]) -> int | None:
-    """The id of the token that a tokenizer_config.json names, as text or as an object, else of a usual one."""
+    """The id of the token that tokenizer_config.json names, as text or as an object, else of a usual one."""
     if isinstance(named, dict):
         named = named.get("content")
     names = (named, *usual) if isinstance(named, str) else usual

@@ -6,15 +6,16 @@ A source is a word, a path or a name:
     notes.txt, a/folder     a file; a folder, searched recursively
     'a/**/*.md'             a glob
     chats.jsonl             one JSON object a line, the text under `text_field`
-    hf:NAME[:SPLIT]         a Hugging Face dataset; hf:json:PATH, hf:parquet:PATH and the like read local files
+    hf:NAME[:SPLIT]         a Hugging Face dataset
+    hf:json:PATH            local files through the same library; also parquet, csv, text, arrow
 
 Documents come in one fixed shuffled order. Neighbouring files resemble each other, so a cap on the bytes or a
 held-out share taken from an alphabetical order would be a different kind of text; taken from this order, both
 are a fair sample.
 
-A document is a file, a line of a .jsonl file or a row of a dataset. A long file is cut at line ends into pieces
-of at most 1 MiB, each a document: reading stays flat in memory however large the file. Where the whole source
-is a handful of files they are cut finer, so that there is something to shuffle and to hold out.
+A document is a file, a line of a .jsonl file or a row of a dataset. A long file is cut at line ends into
+pieces of at most 1 MiB, each a document: reading stays flat in memory however large the file. Where the whole
+source is a handful of files they are cut finer, so that there is something to shuffle and to hold out.
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ RULES_VERSION = 1  # part of every fingerprint: raise it when the same source yi
 
 JSONL_SUFFIXES = {".jsonl", ".ndjson"}
 # Taken for text without a look inside. Any other file is opened and kept if it begins with valid UTF-8.
-TEXT_SUFFIXES = JSONL_SUFFIXES | set(
-    ".txt .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .js .ts .sh .sql .json .yaml .yml"
-    " .toml .ini .cfg .html .css .xml .csv .tsv .log".split()
-)
+TEXT_SUFFIXES = {
+    *JSONL_SUFFIXES,
+    *(".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".json", ".yaml", ".yml", ".toml"),
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh"),
+}
 SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 LOCAL_BUILDERS = {"json", "parquet", "csv", "text", "arrow"}
 
@@ -62,7 +64,7 @@ Progress = Callable[[str, int, int], None]  # (what is being done, done, total)
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of a source that is not a dataset. `names` are relative, so that a moved folder hashes alike."""
+    """The files of a source. `names` are relative to it, so that a moved folder hashes alike."""
 
     paths: tuple[Path, ...]
     names: tuple[str, ...]
@@ -86,7 +88,7 @@ def documents(source: str, *, text_field: str = "text", max_bytes: int | None = 
 
 
 def fingerprint(source: str, *, text_field: str = "text") -> str:
-    """A hash (hex) that changes when the source does, from names, sizes and modification times: no text is read.
+    """A hash (hex) of names, sizes and modification times: changes when the source does, and reads no text.
 
     A dataset of the hub hashes by its name only; delete the cache to follow one that was changed in place.
     """
@@ -106,7 +108,7 @@ def fingerprint(source: str, *, text_field: str = "text") -> str:
 
 
 def total_bytes(source: str) -> int | None:
-    """Size of the source's files in bytes, for a progress bar; None for a dataset, whose size nobody knows yet."""
+    """Size of the source's files in bytes, for a progress bar; None for a dataset."""
     if source.startswith("hf:"):
         return None
     return sum(path.stat().st_size for path in _find(source).paths)
@@ -133,10 +135,10 @@ def missing(path: Path, what: str = "file or folder", also: tuple[str, ...] = ()
 def _capped(stream: Iterator[str], source: str, max_bytes: int | None) -> Iterator[str]:
     left = max_bytes
     empty = True
-    for text in stream:
-        if not text or text.isspace():
+    for raw in stream:
+        if not raw or raw.isspace():
             continue
-        text = clean(text)
+        text = clean(raw)
         empty = False
         if left is not None:
             data = text.encode()
@@ -154,6 +156,13 @@ def _capped(stream: Iterator[str], source: str, max_bytes: int | None) -> Iterat
 
 def _find(source: str) -> _Files:
     """The files behind `source`, sorted by name."""
+    try:
+        return _find_files(source)
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
+        raise UserError(f"cannot read {source!r}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _find_files(source: str) -> _Files:
     if not source:
         raise UserError("the text source is empty: give 'stdlib', a file, a folder, a glob or hf:NAME")
     if source == STDLIB:
@@ -213,11 +222,14 @@ def _file_documents(files: _Files, text_field: str) -> Iterator[str]:
     try:
         paths = [path for path in files.paths if _looks_like_text(path)]
         if not paths:
-            raise UserError(f"{files.label!r} is not UTF-8 text (datasets in other formats: hf:parquet:PATH ...)")
+            raise UserError(
+                f"{files.label!r} is not UTF-8 text (other formats: hf:parquet:PATH and the like)"
+            )
         spans, piece_bytes = _spans(paths)
     except OSError as error:
         raise UserError(f"cannot read {error.filename!r}: {error.strerror}") from error
-    return _read(paths, spans, piece_bytes, text_field, alone, len(files.paths) - len(paths))
+    skipped = len(files.paths) - len(paths)
+    return _read(paths, spans, piece_bytes, text_field, alone=alone, skipped=skipped)
 
 
 def _read(
@@ -225,6 +237,7 @@ def _read(
     spans: npt.NDArray[np.int64],
     piece_bytes: int,
     text_field: str,
+    *,
     alone: bool,
     skipped: int,
 ) -> Iterator[str]:
@@ -236,10 +249,10 @@ def _read(
                     file.seek(start)
                     yield _json_text(file.read(end - start), path, int(start), text_field)
                     continue
-                start = _line_start(file, int(start), piece_bytes)
-                end = _line_start(file, int(end), piece_bytes)
-                file.seek(start)
-                data = file.read(max(end - start, 0))
+                first = _line_start(file, int(start), piece_bytes)
+                length = _line_start(file, int(end), piece_bytes) - first
+                file.seek(first)
+                data = file.read(max(length, 0))
         except OSError as error:
             raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from error
         try:
@@ -248,7 +261,7 @@ def _read(
             yield data.decode().removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             if alone:
-                where = start + error.start
+                where = first + error.start
                 raise UserError(f"{str(path)!r} is not UTF-8 text: {error.reason} at byte {where}") from error
             skipped += 1
     if skipped:
@@ -312,8 +325,9 @@ def _json_text(line: bytes, path: Path, start: int, text_field: str) -> str:
         record = json.loads(line)
         if isinstance(record, dict) and isinstance(record.get(text_field), str):
             return record[text_field]
-        fields = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
-        problem = f"no text under {text_field!r}{nearest(text_field, fields)}"
+        problem = f"no text under {text_field!r}"
+        if isinstance(record, dict):
+            problem += nearest(text_field, [key for key, value in record.items() if isinstance(value, str)])
     except (ValueError, RecursionError):
         problem = "not a JSON object"
     with path.open("rb") as file:  # counted only now: line numbers are wanted for mistakes alone
@@ -346,7 +360,9 @@ def _dataset_documents(source: str, text_field: str) -> Iterator[str]:
     try:
         import datasets  # type: ignore[import-not-found]  # optional, and heavy: imported when asked for
     except ImportError as error:
-        raise UserError(f"{source!r} needs the library datasets: pip install datasets") from error
+        raise UserError(
+            f"{source!r} needs the library datasets: pip install datasets (or whalepod[data])"
+        ) from error
     options = {"data_files": [str(path) for path in _find(data_files).paths]} if data_files else {}
     try:
         table: Any = datasets.load_dataset(name, split=split, **options)

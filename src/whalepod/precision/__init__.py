@@ -1,0 +1,1 @@
+"""How numbers are stored and multiplied; applied to a model from outside."""

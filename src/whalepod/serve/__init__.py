@@ -1,0 +1,1 @@
+"""Serving: a latent cache, sampling and generation."""

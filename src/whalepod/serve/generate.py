@@ -1,0 +1,174 @@
+"""Text from a model: load a run's or a Hugging Face folder, prefill, decode, stream."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whalepod.models.transformer import Transformer
+from whalepod.parallel import checkpoint
+from whalepod.parallel.weights import build_model
+from whalepod.serve.cache import LatentCache
+from whalepod.serve.sampling import Sampling, pick
+from whalepod.spec.counts import weight_bytes
+from whalepod.spec.errors import UserError
+from whalepod.spec.model import ModelSpec, read_config
+from whalepod.text.tokenizer import Tokenizer, load_tokenizer
+
+PREFILL_CHUNK = 512
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A finished generation. Speeds are tokens per second of prefill and of decode."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    cache_bytes_per_token: float
+
+
+def load_model(path: str | Path, dtype: str = "auto", device: str = "auto") -> tuple[Transformer, Tokenizer]:
+    """Model (evaluation mode) and tokenizer of a run's folder or a Hugging Face folder.
+
+    dtype: `bf16`, `fp32`, or `auto`: BF16 on CUDA; elsewhere FP32, which CPUs multiply vectors
+    faster with, unless the weights would fill more than half of the free memory.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"no folder {str(path)!r}: give a run's folder or a Hugging Face checkpoint")
+    if dtype not in ("auto", *_DTYPES):
+        raise UserError(f"dtype must be auto, bf16 or fp32, not {dtype!r}")
+    spec = read_config(path)
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bf16" if kind == "cuda" or 4 * weight_bytes(spec) > _free_memory() else "fp32"
+    saved = checkpoint.steps_saved(path / "checkpoints")
+    if saved:
+        model = _from_run(spec, checkpoint.path_of(path / "checkpoints", saved[-1]))
+        model = model.to(kind)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(_DTYPES[dtype])
+    elif (path / "run.yaml").is_file():
+        raise UserError(f"the run in {path} has no checkpoint yet")
+    else:
+        model = build_model(path, dtype=_DTYPES[dtype], device=kind)
+    return model.eval().requires_grad_(False), load_tokenizer(path)
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _from_run(spec: ModelSpec, path: Path) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(spec)
+    model.to_empty(device="cpu")
+    for name, buffer in model.named_buffers():
+        if name.endswith("load"):
+            buffer.zero_()
+    tensors = dict(model.named_parameters()) | checkpoint.saved_buffers(model)
+    checkpoint.read_tensors(path, {f"model/{k}": v.detach() for k, v in tensors.items()})
+    return model
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: Transformer,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: frozenset[int] = frozenset(),
+) -> Iterator[int]:
+    """Yields up to `max_new_tokens` ids after `prompt`; ends before a stop id.
+
+    Raises UserError for an empty prompt, ids beyond the vocabulary, or more positions than the
+    model has.
+    """
+    spec = model.spec
+    if not prompt:
+        raise UserError("the prompt is empty")
+    if max(prompt) >= spec.vocab_size:
+        raise UserError(f"token id {max(prompt)} is beyond the model's vocabulary of {spec.vocab_size}")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    length = len(prompt) + max_new_tokens
+    if length > spec.max_position_embeddings:
+        raise UserError(
+            f"prompt of {len(prompt)} and {max_new_tokens} new tokens exceed the model's "
+            f"{spec.max_position_embeddings} positions"
+        )
+    weight = model.embed_tokens.weight
+    generator = torch.Generator(weight.device)
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    cache = LatentCache(spec, 1, length, weight.dtype, weight.device)
+
+    def forward(ids: list[int]) -> torch.Tensor:
+        tokens = torch.tensor([ids], device=weight.device)
+        positions = torch.arange(cache.length, cache.length + len(ids), device=weight.device)
+        hidden = model.hidden(tokens, positions, cache.attend)
+        cache.advance(len(ids))
+        return model.lm_head(hidden[:, -1])
+
+    for start in range(0, len(prompt), PREFILL_CHUNK):
+        logits = forward(prompt[start : start + PREFILL_CHUNK])
+    for step in range(max_new_tokens):
+        token = int(pick(logits, sampling, generator))
+        if token in stop_ids:
+            return
+        yield token
+        if step + 1 < max_new_tokens:
+            logits = forward([token])
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    on_text: Callable[[str], Any] | None = None,
+) -> Generated:
+    """Continues `prompt`; `on_text` gets each piece of text as soon as it is whole UTF-8."""
+    ids = tokenizer.encode(prompt)
+    if not ids and tokenizer.bos_id is not None:
+        ids = [tokenizer.bos_id]
+    stop = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+    decoder = tokenizer.stream()
+    pieces: list[str] = []
+
+    def put(piece: str) -> None:
+        pieces.append(piece)
+        if piece and on_text is not None:
+            on_text(piece)
+
+    start = time.perf_counter()
+    first, count = start, 0
+    for token in generate_ids(model, ids, max_new_tokens, sampling or Sampling(), stop):
+        if count == 0:
+            first = time.perf_counter()
+        count += 1
+        put(decoder.push(token))
+    put(decoder.finish())
+    end = time.perf_counter()
+    cache_row = LatentCache(model.spec, 1, 1, model.embed_tokens.weight.dtype, torch.device("meta"))
+    return Generated(
+        text="".join(pieces),
+        prompt_tokens=len(ids),
+        new_tokens=count,
+        prefill_tokens_per_s=len(ids) / max(first - start, 1e-9),
+        decode_tokens_per_s=max(count - 1, 0) / max(end - first, 1e-9),
+        cache_bytes_per_token=cache_row.num_bytes,
+    )

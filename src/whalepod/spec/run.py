@@ -1,0 +1,199 @@
+"""RunConfig: one YAML file for one job. Unknown keys are errors, with the nearest known name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from whalepod.spec.errors import UserError, nearest
+from whalepod.spec.layout import Layout, Precision
+from whalepod.spec.model import ModelSpec
+from whalepod.spec.presets import load_model_spec
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LayoutConfig(_Section):
+    """The fields of `Layout`; see there."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    micro_batch: int = 8
+    global_batch: int = 16
+    precision: Precision = "bf16"
+
+
+class DataConfig(_Section):
+    """Where text comes from and how it is cut.
+
+    source: `stdlib` (Python's own library), a file, folder or glob, `.jsonl`, or `hf:NAME[:SPLIT]`.
+    tokenizer: null trains a byte-level BPE of the model's vocabulary on the text; else a file.
+    """
+
+    source: str = "stdlib"
+    tokenizer: str | None = None
+    sequence_length: int = Field(512, ge=1)
+    validation_fraction: float = Field(0.02, ge=0.0, lt=1.0)
+    max_mib: float | None = Field(None, gt=0)
+
+
+class OptimizerConfig(_Section):
+    """AdamW as in DeepSeek-V3 (section 4.2); weight decay on matrices only."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class ScheduleConfig(_Section):
+    """Learning rate of DeepSeek-V3 (section 4.2): warm-up, constant, cosine, constant.
+
+    The phases' ends are fractions of all steps: 10 T, 14.3 T and 14.467 T of 14.8 T tokens there.
+    """
+
+    warmup_steps: int = Field(20, ge=0)
+    constant_until: float = Field(0.676, ge=0, le=1)
+    decay_until: float = Field(0.966, ge=0, le=1)
+    final_fraction: float = Field(0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ScheduleConfig:
+        if self.decay_until < self.constant_until:
+            raise ValueError("decay_until must not be below constant_until")
+        return self
+
+
+class LossConfig(_Section):
+    """MTP weight lambda, bias update speed gamma, sequence-wise balance alpha (V3, section 4.2)."""
+
+    mtp_weight: float = Field(0.3, ge=0)
+    bias_update_speed: float = Field(1e-3, ge=0)
+    sequence_balance: float = Field(1e-4, ge=0)
+
+
+class TrainConfig(_Section):
+    """Length of the run and what happens along it."""
+
+    steps: int = Field(200, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    evaluate_every: int = Field(50, ge=0)
+    evaluate_sequences: int = Field(32, ge=1)
+    checkpoint_every: int = Field(100, ge=0)
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class RunConfig(_Section):
+    """A whole job: what `run.yaml` holds. `model` is a preset's name, a path, or a mapping with
+    `preset` and the fields to change."""
+
+    model: str | dict[str, Any] = "v3-mini"
+    layout: LayoutConfig = LayoutConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads_per_worker: int | None = Field(None, ge=1)
+    out: str = "runs/default"
+
+    def model_spec(self) -> ModelSpec:
+        if isinstance(self.model, str):
+            return load_model_spec(self.model)
+        changes = dict(self.model)
+        base = changes.pop("preset", None)
+        if not isinstance(base, str):
+            raise UserError("model: a mapping needs `preset`, a preset's name or a path")
+        try:
+            return load_model_spec(base).with_(**changes)
+        except TypeError as error:
+            raise UserError(f"model: {error}") from None
+
+    def make_layout(self) -> Layout:
+        return Layout(**self.layout.model_dump())
+
+
+def load_run(path: Path | str | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """RunConfig of a YAML file (None: all defaults) with `section.key=value` overrides applied.
+
+    Raises UserError with one line that names the key.
+    """
+    values: Any = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+        values = _parse(text, str(path))
+        values = {} if values is None else values
+        if not isinstance(values, dict):
+            raise UserError(f"{path} must hold a mapping of sections, not {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return make_run(values, where=str(path) if path is not None else "run")
+
+
+def make_run(values: dict[str, Any], where: str = "run") -> RunConfig:
+    """RunConfig of a mapping; the layout and the model are checked too."""
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_one_line(error)}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply") from None
+    config.make_layout()
+    return config
+
+
+def dump_run(config: RunConfig) -> str:
+    """YAML that `load_run` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{where} is not valid YAML: {detail[:200]}") from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"{override!r} is not of the form section.key=value")
+    *sections, last = key.split(".")
+    place = values
+    for section in sections:
+        inner = place.setdefault(section, RunConfig().model if section == "model" else {})
+        if section == "model" and isinstance(inner, str):
+            inner = place[section] = {"preset": inner}
+        if not isinstance(inner, dict):
+            raise UserError(f"{key}: {section} holds a value, not a section")
+        place = inner
+    place[last] = _parse(text, f"value of {key}")
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    if path and path[0] == "model":
+        return f"model must be a name, a path, or a mapping with `preset`, not {first['input']!r}"[:300]
+    if first["type"] == "extra_forbidden":
+        section: Any = RunConfig
+        for part in path[:-1]:
+            section = section.model_fields[part].annotation
+        return f"unknown key {'.'.join(path)!r}{nearest(path[-1], section.model_fields)}"
+    if first["type"] == "model_type":
+        return f"{'.'.join(path)} must be a section with keys of its own, not {first['input']!r}"[:300]
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(path)}: {message[0].lower() + message[1:]}, not {first['input']!r}"[:400]

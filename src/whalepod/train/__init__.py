@@ -1,0 +1,1 @@
+"""Training: the loop, its data, optimiser schedule, balancing, metrics and checkpoints."""

@@ -1,0 +1,290 @@
+"""The training loop: one process of a run, from a RunConfig to a RunResult."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whalepod.models.transformer import Losses, Transformer, init_weights
+from whalepod.parallel.data import TrainingState, clip_gradients, spread
+from whalepod.parallel.mesh import Mesh, open_mesh
+from whalepod.spec.counts import train_flops
+from whalepod.spec.errors import UserError
+from whalepod.spec.layout import Layout
+from whalepod.spec.model import ModelSpec
+from whalepod.spec.run import RunConfig
+from whalepod.parallel import checkpoint
+from whalepod.train.balance import Load, balance_step, set_balance_weight
+from whalepod.parallel.checkpoint import Progress
+from whalepod.train.data import PackedTokens, TokenFiles, validation_batches
+from whalepod.train.metrics import (
+    GIB,
+    Reporter,
+    StepMetrics,
+    measure_peak_flops,
+    peak_memory_gib,
+)
+from whalepod.train.schedule import learning_rate
+
+MAX_SKIPPED_IN_A_ROW = 10
+WARMUP_TIMED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run brought. Memory lists have one entry per worker."""
+
+    folder: str
+    steps: int
+    tokens: int
+    loss: float
+    validation_loss: float | None
+    tokens_per_s: float
+    step_s: float
+    mfu: float
+    peak_tflops: float
+    memory_gib: list[float]
+    state_gib: list[float]
+    traffic_bytes_per_step: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """Model, optimiser and data of one rank. `run` trains to the end; `step` is one step of it."""
+
+    def __init__(self, config: RunConfig, spec: ModelSpec, files: TokenFiles, mesh: Mesh) -> None:
+        self.config, self.spec, self.mesh = config, spec, mesh
+        self.layout: Layout = config.make_layout()
+        self.folder = Path(config.out)
+        self.progress = Progress()
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+        length = config.data.sequence_length
+        self.extra = 1 + spec.num_nextn_predict_layers
+        self.data = PackedTokens(files.train.path, length, config.train.seed, self.extra)
+        self._files = files
+        model = Transformer(spec).to(mesh.device)
+        init_weights(model, config.train.seed)
+        self.model = model.train()
+        self.state: TrainingState = spread(model, self.layout, mesh)
+        self.optimizer = _adamw(self.state, config)
+        set_balance_weight(
+            model, config.loss.sequence_balance, self.layout.global_batch / self.state.loss_scale
+        )
+
+    def restore(self) -> None:
+        """Takes up the newest whole checkpoint of the run's folder, if there is one."""
+        folder = self.folder / "checkpoints"
+        if saved := checkpoint.steps_saved(folder):
+            path = checkpoint.path_of(folder, saved[-1])
+            self.progress = checkpoint.load(path, self.model, self.state, self.optimizer, self.mesh.data)
+
+    def save(self) -> None:
+        checkpoint.save(
+            self.folder / "checkpoints",
+            self.progress,
+            self.model,
+            self.state,
+            self.optimizer,
+            self.mesh.data,
+            self.config.train.keep_checkpoints,
+        )
+
+    def step(self) -> tuple[Tensor, Tensor, float]:
+        """One optimiser step. Returns the global sums of main and MTP loss per token, and the norm."""
+        config, layout, axis = self.config, self.layout, self.mesh.data
+        length = config.data.sequence_length
+        rows = torch.from_numpy(
+            self.data.batch(self.progress.step, layout.global_batch, axis.rank, axis.size)
+        ).to(self.mesh.device)
+        tokens_in_step = layout.global_batch * length
+        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        self.state.start_step()
+        micro_batches = rows.split(layout.micro_batch)
+        for index, micro in enumerate(micro_batches):
+            losses = self.model(micro[:, :length], micro[:, 1:])
+            main, mtp = _mean_losses(losses, tokens_in_step)
+            self.state.before_backward(index == len(micro_batches) - 1)
+            ((main + config.loss.mtp_weight * mtp) * self.state.loss_scale).backward()
+            sums += torch.stack((main.detach(), mtp.detach()))
+        self.state.finish_gradients()
+        norm = float(clip_gradients(self.state, config.optimizer.clip_norm))
+        axis.all_reduce(sums)
+        if math.isfinite(norm):
+            rate = learning_rate(self.progress.step, config.train.steps, config.optimizer, config.schedule)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.state.write_back()
+            self._skipped_in_a_row = 0
+        else:
+            # A NaN or infinity anywhere makes the norm so: the weights stay as they were.
+            self.skipped += 1
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise UserError(
+                    f"{MAX_SKIPPED_IN_A_ROW} steps in a row, the last {self.progress.step}, had NaN or infinite "
+                    "gradients; a lower optimizer.learning_rate or a longer schedule.warmup_steps may help"
+                )
+        return sums[0], sums[1], norm
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Held-out loss in nats per token; None without held-out text."""
+        config, axis = self.config, self.mesh.data
+        length, batch = config.data.sequence_length, self.layout.micro_batch * axis.size
+        if self._files.validation.count < length + self.extra:
+            return None
+        limit = max(1, config.train.evaluate_sequences // batch)
+        batches = validation_batches(
+            self._files.validation.path,
+            length,
+            batch,
+            limit,
+            extra=self.extra,
+            rank=axis.rank,
+            num_ranks=axis.size,
+        )
+        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        self.model.eval()
+        for rows in batches:
+            micro = torch.from_numpy(rows).to(self.mesh.device)
+            losses = self.model(micro[:, :length], micro[:, 1:])
+            sums[0] += losses.main
+            sums[1] += micro.shape[0] * length
+        self.model.train()
+        total, count = axis.all_reduce(sums).tolist()
+        return total / count
+
+    def run(self, quiet: bool = False) -> RunResult:
+        """Trains from where the run stands to its last step."""
+        config, axis = self.config, self.mesh.data
+        dtype = torch.bfloat16 if self.layout.precision == "bf16" else torch.float32
+        axis.barrier()
+        peak = float(axis.all_reduce(torch.tensor(measure_peak_flops(self.mesh.device, dtype)).to(self.mesh.device)))
+        tokens_in_step = self.layout.global_batch * config.data.sequence_length
+        flops = train_flops(
+            self.spec, config.data.sequence_length, mtp=self.spec.num_nextn_predict_layers > 0
+        ).total
+        reporter = None
+        if self.mesh.is_first:
+            label = f"{self.spec.name} on {axis.size} worker" + "s" * (axis.size > 1)
+            reporter = Reporter(self.folder, config.train.steps, self.progress.step, label, quiet)
+        timed: list[float] = []
+        loss, validation = float("nan"), None
+        bytes_before, first_step = dict(self.mesh.traffic.bytes), self.progress.step
+        try:
+            while self.progress.step < config.train.steps:
+                start = time.perf_counter()
+                main, mtp, norm = self.step()
+                load: Load | None = balance_step(self.model, config.loss.bias_update_speed, axis)
+                loss = main.item()
+                seconds = time.perf_counter() - start
+                timed.append(seconds)
+                rate = self.optimizer.param_groups[0]["lr"]
+                self.progress = Progress(
+                    self.progress.step + 1, self.progress.tokens + tokens_in_step, self.progress.seconds + seconds
+                )
+                step = self.progress.step
+                last = step == config.train.steps
+                validation = self.evaluate() if last or _due(step, config.train.evaluate_every) else None
+                memory = max(row[0] for row in axis.all_gather_floats([peak_memory_gib(self.mesh.device)]))
+                if reporter is not None:
+                    reporter.step(
+                        StepMetrics(
+                            step=step,
+                            tokens=self.progress.tokens,
+                            loss=loss,
+                            mtp_loss=mtp.item() if self.extra > 1 else None,
+                            gradient_norm=norm,
+                            learning_rate=rate,
+                            step_s=seconds,
+                            tokens_per_s=tokens_in_step / seconds,
+                            mfu=flops * tokens_in_step / seconds / peak,
+                            memory_gib=memory,
+                            expert_load_worst=load.worst if load else None,
+                            expert_load_mean=load.mean if load else None,
+                            skipped_steps=self.skipped,
+                            validation_loss=validation,
+                        )
+                    )
+                if last or _due(step, config.train.checkpoint_every):
+                    self.save()
+        finally:
+            if reporter is not None:
+                reporter.close()
+        step_s = statistics.median(timed[WARMUP_TIMED_STEPS:] or timed or [float("nan")])
+        done = max(self.progress.step - first_step, 1)
+        memory_rows = axis.all_gather_floats([peak_memory_gib(self.mesh.device), self._state_gib()])
+        result = RunResult(
+            folder=str(self.folder),
+            steps=self.progress.step,
+            tokens=self.progress.tokens,
+            loss=loss,
+            validation_loss=validation,
+            tokens_per_s=tokens_in_step / step_s,
+            step_s=step_s,
+            mfu=flops * tokens_in_step / step_s / peak,
+            peak_tflops=peak / 1e12,
+            memory_gib=[row[0] for row in memory_rows],
+            state_gib=[row[1] for row in memory_rows],
+            traffic_bytes_per_step={
+                f"{name}/{op}": (count - bytes_before.get((name, op), 0)) / done
+                for (name, op), count in self.mesh.traffic.bytes.items()
+            },
+        )
+        if self.mesh.is_first:
+            (self.folder / "result.json").write_text(json.dumps(asdict(result), indent=1))
+        return result
+
+    def _state_gib(self) -> float:
+        """Weights (masters and copies), gradients and moments that this rank holds between steps."""
+        held = [*self.model.parameters(), *self.model.buffers(), *self.state.decayed, *self.state.plain]
+        held += [p.grad for p in (*self.state.decayed, *self.state.plain) if p.grad is not None]
+        held += [t for values in self.optimizer.state.values() for t in values.values()]
+        storages: dict[int, int] = {}
+        for tensor in held:
+            local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            storage = local.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values()) / GIB
+
+
+def run_rank(config: RunConfig, files: TokenFiles, resume: bool, quiet: bool) -> RunResult:
+    """The whole life of one rank: mesh, trainer, restore, run."""
+    from whalepod.parallel.mesh import local_device
+
+    device = local_device(config.device)
+    with open_mesh(config.make_layout(), device) as mesh:
+        trainer = Trainer(config, config.model_spec(), files, mesh)
+        if resume:
+            trainer.restore()
+        return trainer.run(quiet)
+
+
+def _mean_losses(losses: Losses, tokens: int) -> tuple[Tensor, Tensor]:
+    """This rank's parts of the mean next-token loss and of the mean MTP loss over depths."""
+    main = losses.main / tokens
+    if not losses.mtp:
+        return main, torch.zeros_like(main)
+    return main, torch.stack(losses.mtp).mean() / tokens
+
+
+def _adamw(state: TrainingState, config: RunConfig) -> torch.optim.Optimizer:
+    o = config.optimizer
+    groups = [
+        {"params": state.decayed, "weight_decay": o.weight_decay},
+        {"params": state.plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,195 @@
+"""Starting a run: checks, tokens, then this process alone, local workers, or a torchrun rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from whalepod.parallel.mesh import world_size
+from whalepod.spec.errors import UserError
+from whalepod.spec.model import ModelSpec, to_config
+from whalepod.spec.run import RunConfig, dump_run, load_run
+from whalepod.text.sources import Progress
+from whalepod.text.tokenizer import Tokenizer, check_vocab, load_tokenizer, train_tokenizer
+from whalepod.parallel import checkpoint
+from whalepod.train.data import PackedTokens, TokenFiles, prepare
+from whalepod.train.loop import RunResult, run_rank
+
+_USER_MISTAKE = "user mistake: "
+
+
+def train(config: RunConfig, restart: bool = False, quiet: bool = False, progress: Progress | None = None) -> RunResult:
+    """Runs a job to its end and returns what it brought.
+
+    Under torchrun (RANK is set) this process joins as that rank. Otherwise a layout of one device
+    runs here and a larger one on local workers. A folder that holds checkpoints of the same model
+    is taken up where it stood, unless `restart`, which deletes it. Raises UserError for bad input.
+    """
+    spec = config.model_spec()
+    layout = config.make_layout()
+    under_launcher = "RANK" in os.environ
+    if under_launcher:
+        layout.check_devices(world_size())
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    folder = Path(config.out)
+    if is_first:
+        _check_folder(folder, spec, config, restart)
+    tokenizer, files = prepare_data(config, spec, progress)
+    if is_first:
+        write_run(folder, config, spec, tokenizer)
+    if under_launcher or layout.num_devices == 1:
+        with _threads(config.threads_per_worker):
+            return run_rank(config, files, resume=True, quiet=quiet)
+    return _local_workers(config, files, quiet)
+
+
+def prepare_data(
+    config: RunConfig, spec: ModelSpec, progress: Progress | None = None
+) -> tuple[Tokenizer, TokenFiles]:
+    """Tokenizer and token files of a run, from the cache when they are there."""
+    data = config.data
+    if data.tokenizer is None:
+        tokenizer = train_tokenizer(data.source, spec.vocab_size, progress=progress)
+    else:
+        tokenizer = load_tokenizer(data.tokenizer)
+    check_vocab(tokenizer, spec.vocab_size)
+    max_bytes = None if data.max_mib is None else int(data.max_mib * 2**20)
+    files = prepare(
+        data.source, tokenizer, None, data.validation_fraction, max_bytes=max_bytes, progress=progress
+    )
+    # Says now, in one line and one process, when the text is too short for a sequence.
+    PackedTokens(files.train.path, data.sequence_length, 0, 1 + spec.num_nextn_predict_layers)
+    return tokenizer, files
+
+
+def write_run(folder: Path, config: RunConfig, spec: ModelSpec, tokenizer: Tokenizer) -> None:
+    """What makes a run's folder a model: config.json, tokenizer.json and the run.yaml itself."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(to_config(spec), indent=1))
+        (folder / "run.yaml").write_text(dump_run(config))
+    except OSError as error:
+        raise UserError(f"cannot write the run's folder {folder}: {error.strerror}") from None
+    tokenizer.save(folder)
+
+
+def _check_folder(folder: Path, spec: ModelSpec, config: RunConfig, restart: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out: {folder} is a file, not a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / "run.yaml").is_file():
+        raise UserError(f"out: {folder} is not empty and not the folder of a run; choose another")
+    if restart:
+        shutil.rmtree(folder)
+        return
+    saved = checkpoint.steps_saved(folder / "checkpoints")
+    if not saved:
+        return
+    before = load_run(folder / "run.yaml")
+    if replace(before.model_spec(), name="") != replace(spec, name=""):
+        raise UserError(f"out: {folder} holds checkpoints of another model; choose another folder or --restart")
+    if before.data != config.data or before.train.seed != config.train.seed:
+        raise UserError(
+            f"out: {folder} holds checkpoints of a run with other data or another seed; "
+            "choose another folder or --restart"
+        )
+    if saved[-1] >= config.train.steps:
+        raise UserError(
+            f"out: {folder} is already trained to step {saved[-1]} of {config.train.steps}; "
+            "raise train.steps, choose another folder, or --restart"
+        )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _local_workers(config: RunConfig, files: TokenFiles, quiet: bool) -> RunResult:
+    num_workers = config.make_layout().num_devices
+    if config.device != "cpu" and torch.cuda.is_available():
+        if torch.cuda.device_count() < num_workers:
+            raise UserError(
+                f"the layout needs {num_workers} GPUs, this machine has {torch.cuda.device_count()}; "
+                "choose a smaller layout, or start it under torchrun on more machines"
+            )
+        threads = config.threads_per_worker
+    else:
+        threads = config.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // num_workers)
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_workers,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="spawn",
+    )
+    with _environment("OMP_NUM_THREADS", None if threads is None else str(threads)):
+        try:
+            results = elastic_launch(launch, _worker)(config.model_dump_json(), files, quiet, threads)
+        except ChildFailedError as error:
+            raise _explain(error) from None
+    return results[0]
+
+
+@record
+def _worker(config_json: str, files: TokenFiles, quiet: bool, threads: int | None) -> RunResult:
+    _take_cores(threads)
+    try:
+        return run_rank(RunConfig.model_validate_json(config_json), files, resume=True, quiet=quiet)
+    except UserError as error:
+        raise RuntimeError(_USER_MISTAKE + str(error)) from None
+
+
+def _take_cores(threads: int | None) -> None:
+    """Binds a local CPU worker to cores of its own when there are enough for all."""
+    if threads is None:
+        return
+    torch.set_num_threads(threads)
+    cores = sorted(os.sched_getaffinity(0))
+    rank, count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if threads * count <= len(cores):
+        os.sched_setaffinity(0, cores[rank * threads : (rank + 1) * threads])
+
+
+def _explain(error: ChildFailedError) -> Exception:
+    rank, failure = error.get_first_failure()
+    message = failure.message
+    text = message if isinstance(message, str) else str(message.get("message", message))
+    if _USER_MISTAKE in text:
+        return UserError(text.split(_USER_MISTAKE, 1)[1].splitlines()[0])
+    return RuntimeError(f"worker {rank} failed (exit code {failure.exitcode}): {text}")
+
+
+@contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    before = os.environ.get(name)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
