@@ -7,11 +7,13 @@ A mistake of the user is a UserError wherever it is found; `main` alone turns it
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -77,12 +79,138 @@ def models(
         console.print(family.model_view(name))
 
 
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the picture; overwritten.")] = Path(
+        "runs/demo"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """The main job on this machine: trains a small DeepSeek on 1 and on all workers, then writes text."""
+    from whalepod import demo as demo_
+
+    console = make_console(stderr=as_json)
+    with text_progress() as progress:
+        result = demo_.run_demo(out, console.print, progress)
+    if as_json:
+        print_json(demo_.demo_json(result))
+        return
+    console.print()
+    console.print(demo_.demo_table(result))
+    console.print(f"picture: {result.picture}")
+    console.print(f"\n{result.closing}")
+
+
+@app.command()
+def train(
+    run: Annotated[Path, typer.Argument(help="The job: a run.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="section.key=value, over what the file says.", show_default=False),
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete what the run's folder holds.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Trains. Alone it starts local workers; under torchrun it joins. Takes up a run where it stood."""
+    from whalepod.spec.run import load_run
+
+    config = load_run(run, overrides or [])
+    config.model_spec()
+    from whalepod.train.start import is_first_rank
+    from whalepod.train.start import train as train_
+
+    with text_progress() as progress:
+        result = train_(config, restart=restart, progress=progress)
+    if not is_first_rank():
+        return
+    if as_json:
+        print_json(dataclasses.asdict(result))
+        return
+    held_out = "" if result.validation_loss is None else f", held-out {result.validation_loss:.4f}"
+    make_console().print(
+        f"step {result.steps}: loss {result.loss:.4f}{held_out}; {result.tokens_per_s:,.0f} tokens/s, "
+        f"MFU {result.mfu:.1%} of {result.peak_tflops:.3g} measured TFLOP/s; "
+        f"{max(result.memory_gib):.2f} GiB per worker\n{result.folder}"
+    )
+
+
+@app.command()
+def generate(
+    path: Annotated[str, typer.Argument(help="A run's folder or a Hugging Face checkpoint folder.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this joint probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Writes text: latent cache, absorbed decode, streamed to the terminal."""
+    from whalepod.serve import generate as generate_
+    from whalepod.serve.sampling import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    model, tokenizer = generate_.load_model(path, dtype)
+
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    if not as_json:
+        show(prompt)
+    result = generate_.generate(model, tokenizer, prompt, max_new_tokens, sampling, None if as_json else show)
+    if as_json:
+        print_json(dataclasses.asdict(result))
+        return
+    print()
+    make_console(stderr=True).print(
+        f"[{result.prompt_tokens} prompt tokens at {result.prefill_tokens_per_s:,.0f}/s, "
+        f"{result.new_tokens} new at {result.decode_tokens_per_s:,.0f}/s, "
+        f"cache {result.cache_bytes_per_token:,} bytes per token]"
+    )
+
+
+@app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(help="A run's folder or a Hugging Face checkpoint folder.")],
+    dst: Annotated[Path, typer.Argument(help="The Hugging Face checkpoint folder to write.")],
+    to: Annotated[str, typer.Option(help="bf16, fp32, fp8 (128 x 128 blocks), or keep.")] = "keep",
+) -> None:
+    """Writes Hugging Face safetensors from a run or from another checkpoint, tensor by tensor."""
+    from whalepod.parallel.export import export
+
+    with text_progress() as progress:
+        export(src, dst, to, lambda done, total: progress("writing", done, total))
+    make_console().print(str(dst))
+
+
+@contextmanager
+def text_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr for (stage, done, total) reports; silent without a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total or None)
+            bar.update(tasks[stage], completed=done, total=total or None)
+            if total and done >= total:
+                bar.stop()  # a training bar may follow
+
+        yield report
+
+
 def print_json(value: Any) -> None:
     """The `--json` form of a command's answer, on stdout."""
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
-def make_console() -> Console:
+def make_console(stderr: bool = False) -> Console:
     """The console for tables: as wide as the terminal, and wide when piped."""
     from rich.console import Console
 
@@ -92,7 +220,7 @@ def make_console() -> Console:
 
     # Names of models and files are not markup.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
-    return _Console(width=width, markup=False, highlight=False)
+    return _Console(width=width, markup=False, highlight=False, stderr=stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -140,7 +140,7 @@ class MLAttention(Attention):
         w_uk, w_uv = w_HXC.split((a.qk_nope_head_dim, a.v_head_dim), dim=1)
         q_nope, q_rope = q.split((a.qk_nope_head_dim, a.qk_rope_head_dim), dim=-1)
         q = torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, w_uk), q_rope), dim=-1)
-        batch, num_queries, heads, _ = q.shape
+        num_queries, heads = q.shape[1:3]
         # All heads share one key, so heads and queries are rows of a single product per sequence.
         scores = torch.bmm(q.flatten(1, 2), kv.transpose(1, 2)).unflatten(1, (num_queries, heads))
         scores = scores.float() * self.scale

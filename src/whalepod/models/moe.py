@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from whalepod.models.mlp import SwiGLU
-from whalepod.spec.model import MoE, ModelSpec
+from whalepod.spec.model import ModelSpec, MoE
 
 
 class Router(nn.Module):
@@ -34,6 +34,7 @@ class Router(nn.Module):
     """
 
     load: Tensor
+    e_score_correction_bias: Tensor | None
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -69,7 +70,8 @@ class Router(nn.Module):
     def _select(self, scores_TE: Tensor) -> Tensor:
         m = self.config
         # The bias steers the choice only; weights come from the unbiased scores.
-        choice = scores_TE if self.e_score_correction_bias is None else scores_TE + self.e_score_correction_bias
+        bias = self.e_score_correction_bias
+        choice = scores_TE if bias is None else scores_TE + bias
         if m.topk_method != "greedy" and m.n_group > 1:
             grouped = choice.unflatten(-1, (m.n_group, -1))
             best = grouped.topk(2, dim=-1).values.sum(-1) if m.selection_bias else grouped.amax(-1)
@@ -77,6 +79,11 @@ class Router(nn.Module):
             closed = torch.ones_like(best, dtype=torch.bool).scatter_(1, groups, False)
             choice = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
         return choice.topk(m.num_experts_per_tok, dim=-1, sorted=False).indices
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """A model's routers, first layer first."""
+    return [module for module in model.modules() if isinstance(module, Router)]
 
 
 def sequence_balance_loss(scores_BSE: Tensor, ids_TK: Tensor) -> Tensor:
@@ -121,7 +128,9 @@ class Rows(NamedTuple):
 class Dispatcher(Protocol):
     """The seam between routing and the experts' products."""
 
-    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Rows, Any]:
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int
+    ) -> tuple[Rows, Any]:
         """Rows for the experts held here, and whatever `combine` needs to undo it."""
         ...
 

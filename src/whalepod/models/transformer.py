@@ -57,7 +57,9 @@ class MTPBlock(nn.Module):
         self.block = Block(spec, layer)
         self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
 
-    def forward(self, h_BSD: Tensor, embedding_BSD: Tensor, tables: Tables, attend: Attend = causal) -> Tensor:
+    def forward(
+        self, h_BSD: Tensor, embedding_BSD: Tensor, tables: Tables, attend: Attend = causal
+    ) -> Tensor:
         joined = torch.cat((self.enorm(embedding_BSD), self.hnorm(h_BSD)), dim=-1)
         return self.norm(self.block(self.eh_proj(joined), tables, attend))
 

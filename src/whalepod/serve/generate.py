@@ -18,7 +18,7 @@ from whalepod.serve.cache import LatentCache
 from whalepod.serve.sampling import Sampling, pick
 from whalepod.spec.counts import weight_bytes
 from whalepod.spec.errors import UserError
-from whalepod.spec.model import ModelSpec, read_config
+from whalepod.spec.model import read_config
 from whalepod.text.tokenizer import Tokenizer, load_tokenizer
 
 PREFILL_CHUNK = 512
@@ -52,14 +52,10 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "auto") -> t
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bf16" if kind == "cuda" or 4 * weight_bytes(spec) > _free_memory() else "fp32"
-    saved = checkpoint.steps_saved(path / "checkpoints")
-    if saved:
-        model = _from_run(spec, checkpoint.path_of(path / "checkpoints", saved[-1]))
-        model = model.to(kind)
+    if checkpoint.is_run(path):
+        model = checkpoint.read_model(path, spec).to(kind)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(_DTYPES[dtype])
-    elif (path / "run.yaml").is_file():
-        raise UserError(f"the run in {path} has no checkpoint yet")
     else:
         model = build_model(path, dtype=_DTYPES[dtype], device=kind)
     return model.eval().requires_grad_(False), load_tokenizer(path)
@@ -67,18 +63,6 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "auto") -> t
 
 def _free_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _from_run(spec: ModelSpec, path: Path) -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(spec)
-    model.to_empty(device="cpu")
-    for name, buffer in model.named_buffers():
-        if name.endswith("load"):
-            buffer.zero_()
-    tensors = dict(model.named_parameters()) | checkpoint.saved_buffers(model)
-    checkpoint.read_tensors(path, {f"model/{k}": v.detach() for k, v in tensors.items()})
-    return model
 
 
 @torch.inference_mode()

@@ -14,6 +14,8 @@ from whalepod.spec.layout import Layout, Precision
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.presets import load_model_spec
 
+DEFAULT_MODEL = "v3-mini"
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -38,20 +40,20 @@ class DataConfig(_Section):
 
     source: str = "stdlib"
     tokenizer: str | None = None
-    sequence_length: int = Field(512, ge=1)
-    validation_fraction: float = Field(0.02, ge=0.0, lt=1.0)
-    max_mib: float | None = Field(None, gt=0)
+    sequence_length: int = Field(default=512, ge=1)
+    validation_fraction: float = Field(default=0.02, ge=0.0, lt=1.0)
+    max_mib: float | None = Field(default=None, gt=0)
 
 
 class OptimizerConfig(_Section):
     """AdamW as in DeepSeek-V3 (section 4.2); weight decay on matrices only."""
 
-    learning_rate: float = Field(1e-3, gt=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
 
 
 class ScheduleConfig(_Section):
@@ -60,10 +62,10 @@ class ScheduleConfig(_Section):
     The phases' ends are fractions of all steps: 10 T, 14.3 T and 14.467 T of 14.8 T tokens there.
     """
 
-    warmup_steps: int = Field(20, ge=0)
-    constant_until: float = Field(0.676, ge=0, le=1)
-    decay_until: float = Field(0.966, ge=0, le=1)
-    final_fraction: float = Field(0.1, ge=0, le=1)
+    warmup_steps: int = Field(default=20, ge=0)
+    constant_until: float = Field(default=0.676, ge=0, le=1)
+    decay_until: float = Field(default=0.966, ge=0, le=1)
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> ScheduleConfig:
@@ -75,35 +77,35 @@ class ScheduleConfig(_Section):
 class LossConfig(_Section):
     """MTP weight lambda, bias update speed gamma, sequence-wise balance alpha (V3, section 4.2)."""
 
-    mtp_weight: float = Field(0.3, ge=0)
-    bias_update_speed: float = Field(1e-3, ge=0)
-    sequence_balance: float = Field(1e-4, ge=0)
+    mtp_weight: float = Field(default=0.3, ge=0)
+    bias_update_speed: float = Field(default=1e-3, ge=0)
+    sequence_balance: float = Field(default=1e-4, ge=0)
 
 
 class TrainConfig(_Section):
     """Length of the run and what happens along it."""
 
-    steps: int = Field(200, ge=1)
-    seed: int = Field(0, ge=0, lt=2**63)
-    evaluate_every: int = Field(50, ge=0)
-    evaluate_sequences: int = Field(32, ge=1)
-    checkpoint_every: int = Field(100, ge=0)
-    keep_checkpoints: int = Field(2, ge=1)
+    steps: int = Field(default=200, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    evaluate_every: int = Field(default=50, ge=0)
+    evaluate_sequences: int = Field(default=32, ge=1)
+    checkpoint_every: int = Field(default=100, ge=0)
+    keep_checkpoints: int = Field(default=2, ge=1)
 
 
 class RunConfig(_Section):
     """A whole job: what `run.yaml` holds. `model` is a preset's name, a path, or a mapping with
     `preset` and the fields to change."""
 
-    model: str | dict[str, Any] = "v3-mini"
-    layout: LayoutConfig = LayoutConfig()
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    loss: LossConfig = LossConfig()
-    train: TrainConfig = TrainConfig()
+    model: str | dict[str, Any] = DEFAULT_MODEL
+    layout: LayoutConfig = Field(default_factory=LayoutConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads_per_worker: int | None = Field(None, ge=1)
+    threads_per_worker: int | None = Field(default=None, ge=1)
     out: str = "runs/default"
 
     def model_spec(self) -> ModelSpec:
@@ -174,7 +176,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     place = values
     for section in sections:
-        inner = place.setdefault(section, RunConfig().model if section == "model" else {})
+        inner: Any = place.setdefault(section, DEFAULT_MODEL if section == "model" else {})
         if section == "model" and isinstance(inner, str):
             inner = place[section] = {"preset": inner}
         if not isinstance(inner, dict):

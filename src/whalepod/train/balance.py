@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from whalepod.models.moe import Router
+from whalepod.models.moe import routers
 from whalepod.parallel.comm import Axis
 
 
@@ -21,10 +21,6 @@ class Load:
 
     worst: float
     mean: float
-
-
-def routers(model: nn.Module) -> list[Router]:
-    return [module for module in model.modules() if isinstance(module, Router)]
 
 
 def set_balance_weight(model: nn.Module, alpha: float, sequences: float) -> None:
@@ -46,7 +42,7 @@ def balance_step(model: nn.Module, speed: float, data: Axis) -> Load | None:
     mean = loads.mean(dim=1, keepdim=True)
     over = (loads.amax(dim=1) / mean.squeeze(1).clamp_min(1)).tolist()
     for router, direction in zip(found, (mean - loads).sign(), strict=True):
-        if router.e_score_correction_bias is not None:
-            router.e_score_correction_bias += speed * direction
+        if (bias := router.e_score_correction_bias) is not None:
+            bias += speed * direction
         router.load.zero_()
     return Load(worst=max(over), mean=sum(over) / len(over))

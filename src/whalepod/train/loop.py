@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from whalepod.models.transformer import Losses, Transformer, init_weights
+from whalepod.parallel import checkpoint
+from whalepod.parallel.checkpoint import Progress
 from whalepod.parallel.data import TrainingState, clip_gradients, spread
-from whalepod.parallel.mesh import Mesh, open_mesh
+from whalepod.parallel.mesh import Mesh, local_device, open_mesh
 from whalepod.spec.counts import train_flops
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.run import RunConfig
-from whalepod.parallel import checkpoint
 from whalepod.train.balance import Load, balance_step, set_balance_weight
-from whalepod.parallel.checkpoint import Progress
 from whalepod.train.data import PackedTokens, TokenFiles, validation_batches
 from whalepod.train.metrics import (
     GIB,
@@ -130,8 +130,9 @@ class Trainer:
             self._skipped_in_a_row += 1
             if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise UserError(
-                    f"{MAX_SKIPPED_IN_A_ROW} steps in a row, the last {self.progress.step}, had NaN or infinite "
-                    "gradients; a lower optimizer.learning_rate or a longer schedule.warmup_steps may help"
+                    f"{MAX_SKIPPED_IN_A_ROW} steps in a row, the last {self.progress.step}, had NaN or "
+                    "infinite gradients; a lower optimizer.learning_rate or a longer "
+                    "schedule.warmup_steps may help"
                 )
         return sums[0], sums[1], norm
 
@@ -163,12 +164,14 @@ class Trainer:
         total, count = axis.all_reduce(sums).tolist()
         return total / count
 
-    def run(self, quiet: bool = False) -> RunResult:
-        """Trains from where the run stands to its last step."""
+    def run(self, until: int | None = None, quiet: bool = False) -> RunResult:
+        """Trains from where the run stands to its last step, or to step `until`."""
         config, axis = self.config, self.mesh.data
+        end = config.train.steps if until is None else min(until, config.train.steps)
         dtype = torch.bfloat16 if self.layout.precision == "bf16" else torch.float32
         axis.barrier()
-        peak = float(axis.all_reduce(torch.tensor(measure_peak_flops(self.mesh.device, dtype)).to(self.mesh.device)))
+        mine = measure_peak_flops(self.mesh.device, dtype)
+        peak = sum(row[0] for row in axis.all_gather_floats([mine]))
         tokens_in_step = self.layout.global_batch * config.data.sequence_length
         flops = train_flops(
             self.spec, config.data.sequence_length, mtp=self.spec.num_nextn_predict_layers > 0
@@ -176,12 +179,12 @@ class Trainer:
         reporter = None
         if self.mesh.is_first:
             label = f"{self.spec.name} on {axis.size} worker" + "s" * (axis.size > 1)
-            reporter = Reporter(self.folder, config.train.steps, self.progress.step, label, quiet)
+            reporter = Reporter(self.folder, end, self.progress.step, label, quiet)
         timed: list[float] = []
         loss, validation = float("nan"), None
         bytes_before, first_step = dict(self.mesh.traffic.bytes), self.progress.step
         try:
-            while self.progress.step < config.train.steps:
+            while self.progress.step < end:
                 start = time.perf_counter()
                 main, mtp, norm = self.step()
                 load: Load | None = balance_step(self.model, config.loss.bias_update_speed, axis)
@@ -190,10 +193,12 @@ class Trainer:
                 timed.append(seconds)
                 rate = self.optimizer.param_groups[0]["lr"]
                 self.progress = Progress(
-                    self.progress.step + 1, self.progress.tokens + tokens_in_step, self.progress.seconds + seconds
+                    self.progress.step + 1,
+                    self.progress.tokens + tokens_in_step,
+                    self.progress.seconds + seconds,
                 )
                 step = self.progress.step
-                last = step == config.train.steps
+                last = step == end
                 validation = self.evaluate() if last or _due(step, config.train.evaluate_every) else None
                 memory = max(row[0] for row in axis.all_gather_floats([peak_memory_gib(self.mesh.device)]))
                 if reporter is not None:
@@ -257,16 +262,13 @@ class Trainer:
         return sum(storages.values()) / GIB
 
 
-def run_rank(config: RunConfig, files: TokenFiles, resume: bool, quiet: bool) -> RunResult:
-    """The whole life of one rank: mesh, trainer, restore, run."""
-    from whalepod.parallel.mesh import local_device
-
+def run_rank(config: RunConfig, files: TokenFiles, until: int | None, quiet: bool) -> RunResult:
+    """The whole life of one rank: mesh, trainer, the newest checkpoint if there is one, run."""
     device = local_device(config.device)
     with open_mesh(config.make_layout(), device) as mesh:
         trainer = Trainer(config, config.model_spec(), files, mesh)
-        if resume:
-            trainer.restore()
-        return trainer.run(quiet)
+        trainer.restore()
+        return trainer.run(until, quiet)
 
 
 def _mean_losses(losses: Losses, tokens: int) -> tuple[Tensor, Tensor]:

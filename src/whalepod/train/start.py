@@ -15,21 +15,28 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from whalepod.parallel import checkpoint
 from whalepod.parallel.mesh import world_size
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import ModelSpec, to_config
 from whalepod.spec.run import RunConfig, dump_run, load_run
 from whalepod.text.sources import Progress
 from whalepod.text.tokenizer import Tokenizer, check_vocab, load_tokenizer, train_tokenizer
-from whalepod.parallel import checkpoint
 from whalepod.train.data import PackedTokens, TokenFiles, prepare
 from whalepod.train.loop import RunResult, run_rank
 
 _USER_MISTAKE = "user mistake: "
 
 
-def train(config: RunConfig, restart: bool = False, quiet: bool = False, progress: Progress | None = None) -> RunResult:
-    """Runs a job to its end and returns what it brought.
+def train(
+    config: RunConfig,
+    *,
+    restart: bool = False,
+    until: int | None = None,
+    quiet: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Runs a job to its end (or to step `until`) and returns what it brought.
 
     Under torchrun (RANK is set) this process joins as that rank. Otherwise a layout of one device
     runs here and a larger one on local workers. A folder that holds checkpoints of the same model
@@ -40,7 +47,7 @@ def train(config: RunConfig, restart: bool = False, quiet: bool = False, progres
     under_launcher = "RANK" in os.environ
     if under_launcher:
         layout.check_devices(world_size())
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    is_first = is_first_rank()
     folder = Path(config.out)
     if is_first:
         _check_folder(folder, spec, config, restart)
@@ -49,8 +56,12 @@ def train(config: RunConfig, restart: bool = False, quiet: bool = False, progres
         write_run(folder, config, spec, tokenizer)
     if under_launcher or layout.num_devices == 1:
         with _threads(config.threads_per_worker):
-            return run_rank(config, files, resume=True, quiet=quiet)
-    return _local_workers(config, files, quiet)
+            return run_rank(config, files, until, quiet)
+    return _local_workers(config, files, until, quiet)
+
+
+def is_first_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def prepare_data(
@@ -98,7 +109,9 @@ def _check_folder(folder: Path, spec: ModelSpec, config: RunConfig, restart: boo
         return
     before = load_run(folder / "run.yaml")
     if replace(before.model_spec(), name="") != replace(spec, name=""):
-        raise UserError(f"out: {folder} holds checkpoints of another model; choose another folder or --restart")
+        raise UserError(
+            f"out: {folder} holds checkpoints of another model; choose another folder or --restart"
+        )
     if before.data != config.data or before.train.seed != config.train.seed:
         raise UserError(
             f"out: {folder} holds checkpoints of a run with other data or another seed; "
@@ -122,7 +135,7 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _local_workers(config: RunConfig, files: TokenFiles, quiet: bool) -> RunResult:
+def _local_workers(config: RunConfig, files: TokenFiles, until: int | None, quiet: bool) -> RunResult:
     num_workers = config.make_layout().num_devices
     if config.device != "cpu" and torch.cuda.is_available():
         if torch.cuda.device_count() < num_workers:
@@ -146,17 +159,19 @@ def _local_workers(config: RunConfig, files: TokenFiles, quiet: bool) -> RunResu
     )
     with _environment("OMP_NUM_THREADS", None if threads is None else str(threads)):
         try:
-            results = elastic_launch(launch, _worker)(config.model_dump_json(), files, quiet, threads)
+            results = elastic_launch(launch, _worker)(config.model_dump_json(), files, until, quiet, threads)
         except ChildFailedError as error:
             raise _explain(error) from None
     return results[0]
 
 
 @record
-def _worker(config_json: str, files: TokenFiles, quiet: bool, threads: int | None) -> RunResult:
+def _worker(
+    config_json: str, files: TokenFiles, until: int | None, quiet: bool, threads: int | None
+) -> RunResult:
     _take_cores(threads)
     try:
-        return run_rank(RunConfig.model_validate_json(config_json), files, resume=True, quiet=quiet)
+        return run_rank(RunConfig.model_validate_json(config_json), files, until, quiet)
     except UserError as error:
         raise RuntimeError(_USER_MISTAKE + str(error)) from None
 
