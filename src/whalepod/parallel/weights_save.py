@@ -60,6 +60,8 @@ def save_weights(
         quantization = stored if format == "keep" else None
 
     def dtype_now(slot: Slot) -> torch.dtype:
+        if slot.float32:
+            return torch.float32
         return FP8 if storage_names(slot.ours)[0] in targets else targets[slot.ours].dtype
 
     target = _Target(quantization, _FORMATS[format], stored)
@@ -199,6 +201,7 @@ def _gathered(targets: dict[str, Tensor], wanted: Iterable[Slot]) -> Iterator[_I
             parts = [t[slot.index].cpu() for t in full]
             # safetensors refuses tensors that share memory.
             values = parts[0].clone() if slot.copy_of is not None else parts[0]
+            values = values.float() if slot.float32 else values
             yield slot, values, parts[1] if len(parts) > 1 else None
 
 

@@ -63,6 +63,7 @@ def draw_scaling(curves: Sequence[Curve], title: str, path: Path) -> Path:
     )
     memory.bar_label(measured, [f"{c.state_mib_per_worker:,.0f}" for c in curves])
     memory.set(title="Weights, gradients and optimiser per worker", ylabel="MiB")
+    memory.margins(y=0.15)
     memory.set_xticks(list(places), labels)
     memory.legend()
 

@@ -45,9 +45,10 @@ MAX_PIECE_BYTES = 1 << 20
 MIN_PIECE_BYTES = 4 << 10
 FEW_FILES = 16  # below this many files, cut them so that there are about...
 WANTED_PIECES = 64  # ...this many documents
+STDLIB_TABLES = {"encodings", "pydoc_data"}
 SNIFF_BYTES = 8 << 10
 ORDER_SEED = 0x7768616C65
-RULES_VERSION = 1  # part of every fingerprint: raise it when the same source yields other documents
+RULES_VERSION = 2  # part of every fingerprint: raise it when the same source yields other documents
 
 JSONL_SUFFIXES = {".jsonl", ".ndjson"}
 # Taken for text without a look inside. Any other file is opened and kept if it begins with valid UTF-8.
@@ -186,11 +187,16 @@ def _find_files(source: str) -> _Files:
 
 
 def _stdlib() -> dict[str, Path]:
-    """Python's own .py files by name below the library folder, tests included, installed packages not."""
+    """Python's own .py files by name below the library folder, tests included, installed packages not.
+
+    Tables of character codes and of rendered help are left out: they are data with a .py ending, and a
+    small model that reads them writes little else.
+    """
     found: dict[str, Path] = {}
     for key in ("stdlib", "platstdlib"):
         root = Path(sysconfig.get_paths()[key])
-        found |= {os.path.relpath(p, root): p for p in _walk(root) if p.suffix == ".py"}
+        names = {os.path.relpath(p, root): p for p in _walk(root) if p.suffix == ".py"}
+        found |= {name: p for name, p in names.items() if Path(name).parts[0] not in STDLIB_TABLES}
     return found
 
 
