@@ -44,7 +44,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 120 KB of Python-like text in files."""
     folder = tmp_path_factory.mktemp("corpus")
     for i in range(24):
-        lines = [f"def function_{i}_{j}(value, other={j}):\n    return value * {i} + other\n" for j in range(80)]
+        lines = [
+            f"def function_{i}_{j}(value, other={j}):\n    return value * {i} + other\n" for j in range(80)
+        ]
         (folder / f"module_{i}.py").write_text("\n".join(lines))
     return folder
 

@@ -203,12 +203,12 @@ def gradients(reference: nn.Module, model: Transformer) -> Iterator[tuple[str, T
 
 def logit_error(ours: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest value."""
-    return float((ours - expected).abs().max() / expected.abs().max())
+    return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 
 def relative(ours: Tensor, expected: Tensor) -> float:
     """2-norm of the difference over that of the expected."""
-    return float((ours - expected).norm() / expected.norm())
+    return ((ours - expected).norm() / expected.norm()).item()
 
 
 class GrowingCache:

@@ -8,6 +8,7 @@ DeepSeek-V2 (arXiv 2405.04434) and DeepSeek-V3 (arXiv 2412.19437); YaRN is arXiv
 from __future__ import annotations
 
 import cmath
+import itertools
 import math
 
 import pytest
@@ -19,7 +20,7 @@ from whalepod.models.attention import MLAttention
 from whalepod.models.moe import MoELayer, Router, sequence_balance_loss
 from whalepod.models.rope import inverse_frequencies, tables
 from whalepod.models.transformer import Transformer
-from whalepod.spec.model import MLA, MoE, ModelSpec, Rope
+from whalepod.spec.model import MLA, ModelSpec, MoE, Rope
 
 TOLERANCE = 1e-5
 Weights = dict[str, Tensor]
@@ -82,7 +83,8 @@ def attention(h: Tensor, w: Weights, spec: ModelSpec) -> Tensor:
     u = torch.empty(length, heads, a.v_head_dim, dtype=torch.float64)
     for head in range(heads):
         keys = [
-            torch.cat((up[t, head, : a.qk_nope_head_dim], k_rope[t])) for t in range(length)  # 44
+            torch.cat((up[t, head, : a.qk_nope_head_dim], k_rope[t]))
+            for t in range(length)  # 44
         ]
         values = up[:, head, a.qk_nope_head_dim :]
         for t in range(length):
@@ -155,9 +157,7 @@ def whole_model(tokens: Tensor, w: Weights, spec: ModelSpec) -> Tensor:
     h, eps = w["embed_tokens.weight"][tokens], spec.rms_norm_eps
     for i in range(spec.num_hidden_layers):
         layer = below(w, f"layers.{i}.")
-        h = h + attention(
-            rms_norm(h, layer["input_layernorm.weight"], eps), below(layer, "self_attn."), spec
-        )
+        h = h + attention(rms_norm(h, layer["input_layernorm.weight"], eps), below(layer, "self_attn."), spec)
         u = rms_norm(h, layer["post_attention_layernorm.weight"], eps)
         mlp = below(layer, "mlp.")
         h = h + torch.stack([feed_forward(token, mlp, spec) for token in u])
@@ -279,4 +279,4 @@ def test_yarn_bounds_of_the_released_models() -> None:
     ratio = (plain / stretched).tolist()
     assert ratio[:11] == pytest.approx([1.0] * 11)
     assert ratio[23:] == pytest.approx([40.0] * 9, rel=1e-5)
-    assert all(1.0 < low < high < 40.0 for low, high in zip(ratio[11:22], ratio[12:23], strict=True))
+    assert all(1.0 < low < high < 40.0 for low, high in itertools.pairwise(ratio))

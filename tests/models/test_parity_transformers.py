@@ -106,9 +106,7 @@ def test_cached_decode_equals_full_forward(name: str, form: str, masked: bool) -
         for start, end in [(0, 7), (7, 12), *((i, i + 1) for i in range(12, LENGTH))]:
             cache.mask = mask_for(start, end) if masked else None
             positions = torch.arange(start, end)
-            pieces.append(
-                logits_of(model, tokens[:, start:end], positions=positions, attend=cache.attend)
-            )
+            pieces.append(logits_of(model, tokens[:, start:end], positions=positions, attend=cache.attend))
     assert logit_error(torch.cat(pieces, dim=1), expected) < LOGITS
 
 

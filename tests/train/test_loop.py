@@ -128,9 +128,10 @@ def test_nan_gradients_skip_the_step_and_stop_after_a_limit(run_values) -> None:
     t.state.weights()["norm.weight"][0] = float("nan")
     t.state.write_back()
     before = {k: v.clone() for k, v in t.state.weights().items()}
-    with pytest.raises(UserError, match="steps in a row"):
-        for _ in range(20):
-            t.step()
+    for _ in range(9):
+        t.step()
+    with pytest.raises(UserError, match="10 steps in a row"):
+        t.step()
     assert t.skipped == 10
     after = t.state.weights()
     assert all(torch.equal(before[k].nan_to_num(7), after[k].nan_to_num(7)) for k in before)

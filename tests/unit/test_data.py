@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 import whalepod
 from whalepod.spec.errors import UserError
 from whalepod.text import sources as text
+from whalepod.text.tokenizer import Tokenizer, train_tokenizer
 from whalepod.train import data
 from whalepod.train.data import PackedTokens, open_tokens, permute, prepare, validation_batches
-from whalepod.text.tokenizer import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(autouse=True)

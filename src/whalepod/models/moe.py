@@ -63,7 +63,11 @@ class Router(nn.Module):
                 ones = self.load.new_ones(()).expand(ids_TK.numel())
                 self.load.scatter_add_(0, ids_TK.flatten(), ones)
             if self.balance_weight:
-                loss = sequence_balance_loss(scores_TE.unflatten(0, x_BSD.shape[:2]), ids_TK)
+                counted = ids_TK
+                if m.selection_bias:
+                    # V3 counts the K highest affinities, whatever bias and groups select (equation 18).
+                    counted = scores_TE.detach().topk(m.num_experts_per_tok, dim=-1, sorted=False).indices
+                loss = sequence_balance_loss(scores_TE.unflatten(0, x_BSD.shape[:2]), counted)
                 weights_TK = _AddLoss.apply(weights_TK, self.balance_weight * loss)
         return ids_TK, weights_TK
 
@@ -87,7 +91,10 @@ def routers(model: nn.Module) -> list[Router]:
 
 
 def sequence_balance_loss(scores_BSE: Tensor, ids_TK: Tensor) -> Tensor:
-    """Sequence-wise balance loss summed over sequences, without alpha (V3, equations 17 to 20)."""
+    """Sequence-wise balance loss summed over sequences, without alpha (V3, equations 17 to 20).
+
+    ids: the experts counted for each token in the loads f (equation 18).
+    """
     batch, length, num_experts = scores_BSE.shape
     k = ids_TK.shape[-1]
     with torch.no_grad():

@@ -131,7 +131,9 @@ def convert_hf(
         for slot in found:
             if slot.copy_of is not None:
                 source.check_copy(slot, tuple(slice(0, n) for n in slot.shape))
-            yield slot, *source.read(slot)
+            # Copies: a shard's small tensors would keep all that was read with them mapped.
+            values, scale = source.read(slot)
+            yield slot, values.clone(), None if scale is None else scale.clone()
 
     write_checkpoint(
         dst,
