@@ -142,7 +142,7 @@ def test_nan_gradients_skip_the_step_and_stop_after_a_limit(run_values) -> None:
     [
         ({"model": {"preset": "v3-mini", "vocab_size": 100}}, "100"),
         ({"data": {"source": "no/such/file.txt"}}, "no/such/file.txt"),
-        ({"data": {"sequence_length": 10**6}}, "tokens"),
+        ({"data": {"sequence_length": 10**6}}, "4096 positions"),
         ({"out": __file__}, "is a file"),
     ],
 )

@@ -15,6 +15,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from whalepod.models.transformer import Transformer
 from whalepod.parallel import checkpoint
 from whalepod.parallel.mesh import world_size
 from whalepod.spec.errors import UserError
@@ -44,6 +45,13 @@ def train(
     """
     spec = config.model_spec()
     layout = config.make_layout()
+    if config.data.sequence_length > spec.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length {config.data.sequence_length} exceeds the model's "
+            f"{spec.max_position_embeddings} positions"
+        )
+    with torch.device("meta"):
+        Transformer(spec)  # says now what cannot be run
     under_launcher = "RANK" in os.environ
     if under_launcher:
         layout.check_devices(world_size())
