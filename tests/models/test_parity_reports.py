@@ -279,4 +279,4 @@ def test_yarn_bounds_of_the_released_models() -> None:
     ratio = (plain / stretched).tolist()
     assert ratio[:11] == pytest.approx([1.0] * 11)
     assert ratio[23:] == pytest.approx([40.0] * 9, rel=1e-5)
-    assert all(1.0 < low < high < 40.0 for low, high in itertools.pairwise(ratio))
+    assert all(low < high for low, high in itertools.pairwise(ratio[10:24]))
