@@ -561,6 +561,39 @@ def test_saving_refuses_and_fails_cleanly(tmp_path: Path, monkeypatch: pytest.Mo
     assert build_model(tmp_path / "model").lm_head.weight[0, 0] == 1.0
 
 
+@pytest.mark.parametrize("moment", ["writing", "between the renames", "before tidying"])
+def test_a_killed_writer_leaves_a_whole_checkpoint(moment: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", LLAMA, llama_tensors())
+    (folder / "notes.txt").write_text("mine")
+    model = build_model(folder)
+    model.lm_head.weight.data.fill_(1.0)
+    process = mp.get_context("fork").Process(target=killed_at, args=(moment, model, folder))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    if moment != "between the renames":  # then the old folder has another name, and nothing is lost
+        assert build_model(folder).lm_head.weight.any() == (moment == "before tidying")
+    save_weights(model, folder)
+    assert build_model(folder).lm_head.weight.all()
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def killed_at(moment: str, model: Transformer, folder: Path) -> None:
+    rename = Path.rename
+
+    def watched(self: Path, target: Path) -> Path:
+        if self.name == ".model.new" and moment == "between the renames":
+            os._exit(9)
+        result = rename(self, target)
+        if self.name == ".model.new" and moment == "before tidying":
+            os._exit(9)
+        return result
+
+    Path.rename = watched  # type: ignore[method-assign]
+    save_weights(model, folder, progress=lambda *_: os._exit(9) if moment == "writing" else None)
+
+
 # ---------------------------------------------------------------------------------------- sharded
 
 

@@ -307,16 +307,20 @@ def _shards(plan: Sequence[Planned], max_bytes: int) -> list[list[Planned]]:
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A new empty folder that takes the place of `folder` when the body ends, and vanishes if it fails."""
+    """A new empty folder that takes the place of `folder` when the body ends, and vanishes if it fails.
+
+    What a killed process left beside `folder` is put right by the next to write there.
+    """
     folder = Path(os.path.realpath(folder))
+    new, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
+    if old.is_dir():
+        _retire(old, folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; a checkpoint is a folder")
     if folder.is_dir() and any(folder.iterdir()) and not _is_checkpoint(folder):
         raise UserError(f"{folder} is not empty and not a checkpoint: not overwritten")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
+    new.mkdir(parents=True)
     try:
         yield new
         _sync(new)
@@ -326,14 +330,22 @@ def _replacing(folder: Path) -> Iterator[Path]:
         _sync(folder.parent)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
-        if old.is_dir() and not folder.exists():
-            old.rename(folder)
+        if old.is_dir():
+            _retire(old, folder)
         raise
     if old.is_dir():
-        for file in old.iterdir():
-            if not _is_weights(file) and not (folder / file.name).exists():
-                file.rename(folder / file.name)
-        shutil.rmtree(old, ignore_errors=True)
+        _retire(old, folder)
+
+
+def _retire(old: Path, folder: Path) -> None:
+    """Ends a replaced folder: back to its place if nothing is there, else only its other files go there."""
+    if not folder.exists():
+        old.rename(folder)
+        return
+    for file in old.iterdir():
+        if not _is_weights(file) and not (folder / file.name).exists():
+            file.rename(folder / file.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_checkpoint(folder: Path) -> bool:

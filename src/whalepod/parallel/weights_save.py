@@ -107,8 +107,8 @@ def convert_hf(
 ) -> None:
     """Rewrites a Hugging Face folder in another format (as in `save_weights`) or with shards of another size.
 
-    The model is never built: memory is one shard. Tokenizer, generation config and chat template come along,
-    and the config keeps every field but type and quantisation. `dst` may be `src`.
+    The model is never built: memory is a shard and a few tensors. Tokenizer, generation config and chat
+    template come along, and the config keeps every field but type and quantisation. `dst` may be `src`.
     Raises UserError as `load_weights` and `save_weights` do.
     """
     _check_format(format)

@@ -26,7 +26,7 @@ from whalepod.precision.fp8 import FP8, dequantize_blocks, quantize_blocks, scal
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import BlockFP8, ModelSpec, read_config, shown
 
-_COMPARE_BYTES = 64 * 2**20
+_COMPARE_BYTES = 16 * 2**20
 _MANY = 1000
 
 
