@@ -233,6 +233,11 @@ class GroupedExperts(nn.Module):
         super().__init__()
         assert spec.moe is not None
         num_experts, width = spec.moe.n_routed_experts, spec.moe.moe_intermediate_size
+        if width % 8 or spec.hidden_size % 8:
+            raise UserError(
+                "grouped products need rows of whole 16-byte units: hidden_size and moe_intermediate_size "
+                f"must be multiples of 8, not {spec.hidden_size} and {width}"
+            )
         # Gate and up stand side by side in a dimension of their own, so that both are one product
         # and a shard of the width keeps them paired.
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2, width, spec.hidden_size))

@@ -59,3 +59,10 @@ class Axis:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.group)
+
+
+def from_first_rank(message: str | None) -> str | None:
+    """What rank 0 of the whole job passes, on every rank."""
+    box = [message]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

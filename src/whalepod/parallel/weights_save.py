@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from whalepod.models.transformer import Transformer
+from whalepod.parallel.comm import from_first_rank
 from whalepod.parallel.weights_files import Planned, Progress, write_checkpoint
 from whalepod.parallel.weights_load import storage_of, tensors_of
 from whalepod.parallel.weights_names import SCALE_SUFFIX, Slot, slots
@@ -90,12 +91,11 @@ def save_weights(
             failed = error
     for _ in gathered:  # a rank that does not write, or no longer does, takes part in every gather still
         pass
-    message = [None if failed is None else str(failed)]
-    dist.broadcast_object_list(message, src=0)
+    message = from_first_rank(None if failed is None else str(failed))
     if failed is not None:
         raise failed
-    if message[0] is not None:
-        raise UserError(message[0])
+    if message is not None:
+        raise UserError(message)
 
 
 def convert_hf(

@@ -145,11 +145,18 @@ class Source:
 
 
 def open_source(folder: Path | str) -> Source:
-    """The folder's headers and config, each checked by itself; `Source.check` holds them together."""
+    """The folder's headers and config, each checked by itself; `Source.check` holds them together.
+
+    A folder without a single tensor of multi-token prediction has no such layers, whatever its config
+    says: transformers keeps the config's count and leaves the weights out when it saves.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder with a checkpoint")
-    return Source(open_checkpoint(folder), read_config(folder))
+    files, spec = open_checkpoint(folder), read_config(folder)
+    if not any(name.startswith(mtp_prefixes(spec)) for name in files.entries):
+        spec = spec.with_(num_nextn_predict_layers=0)
+    return Source(files, spec)
 
 
 def _closest(name: str, choices: Iterable[str]) -> str:
