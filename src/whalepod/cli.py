@@ -98,7 +98,7 @@ def demo(
     console.print()
     console.print(demo_.demo_table(result))
     console.print(f"picture: {result.picture}")
-    console.print(f"\n{result.closing}")
+    console.print(f"\n{result.closing}", soft_wrap=True)
 
 
 @app.command()

@@ -411,3 +411,12 @@ def test_layer_is_routed_plus_shared_experts(shared: int) -> None:
         else:
             assert layer.shared_experts is None
         assert relative(layer(x), expected) < 1e-5
+
+
+def test_unaligned_expert_widths_are_refused_in_one_line() -> None:
+    from whalepod.models.transformer import Transformer
+    from whalepod.spec.errors import UserError
+    from whalepod.spec.presets import load_model_spec
+
+    with pytest.raises(UserError, match="multiples of 8, not 256 and 44"):
+        Transformer(load_model_spec("v3-mini").with_(moe_intermediate_size=44))

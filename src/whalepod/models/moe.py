@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from whalepod.models.mlp import SwiGLU
+from whalepod.spec.errors import UserError
 from whalepod.spec.model import ModelSpec, MoE
 
 
