@@ -234,11 +234,6 @@ class GroupedExperts(nn.Module):
         super().__init__()
         assert spec.moe is not None
         num_experts, width = spec.moe.n_routed_experts, spec.moe.moe_intermediate_size
-        if width % 8 or spec.hidden_size % 8:
-            raise UserError(
-                "grouped products need rows of whole 16-byte units: hidden_size and moe_intermediate_size "
-                f"must be multiples of 8, not {spec.hidden_size} and {width}"
-            )
         # Gate and up stand side by side in a dimension of their own, so that both are one product
         # and a shard of the width keeps them paired.
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2, width, spec.hidden_size))
@@ -246,6 +241,12 @@ class GroupedExperts(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         """[N, D] outputs, already multiplied by the rows' weights."""
+        for size in self.down.shape[1:]:
+            if size * self.down.element_size() % 16:
+                raise UserError(
+                    "grouped products need rows of whole 16-byte units: hidden_size and the experts' width must be "
+                    f"multiples of {16 // self.down.element_size()} in {self.down.dtype}, not {size}"
+                )
         gate_up = self.gate_up.flatten(1, 2)
         hidden = F.grouped_mm(rows.x_ND, gate_up.transpose(1, 2), offs=rows.ends_E)
         gate, up = hidden.chunk(2, dim=-1)
