@@ -241,17 +241,18 @@ class GroupedExperts(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         """[N, D] outputs, already multiplied by the rows' weights."""
-        for size in self.down.shape[1:]:
-            if size * self.down.element_size() % 16:
+        gate_up, down = self.gate_up.flatten(1, 2), self.down
+        multiple = 16 // down.element_size()
+        for size in down.shape[1:]:
+            if size % multiple:
                 raise UserError(
-                    "grouped products need rows of whole 16-byte units: hidden_size and the experts' width must be "
-                    f"multiples of {16 // self.down.element_size()} in {self.down.dtype}, not {size}"
+                    f"grouped products in {down.dtype} need sizes in multiples of {multiple} (16 bytes): "
+                    f"hidden_size and the experts' width, not {size}"
                 )
-        gate_up = self.gate_up.flatten(1, 2)
         hidden = F.grouped_mm(rows.x_ND, gate_up.transpose(1, 2), offs=rows.ends_E)
         gate, up = hidden.chunk(2, dim=-1)
         hidden = F.silu(gate) * up * rows.weights_N.unsqueeze(-1).to(hidden.dtype)
-        return F.grouped_mm(hidden, self.down.transpose(1, 2), offs=rows.ends_E)
+        return F.grouped_mm(hidden, down.transpose(1, 2), offs=rows.ends_E)
 
 
 class MoELayer(nn.Module):
