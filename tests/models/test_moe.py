@@ -419,5 +419,5 @@ def test_unaligned_expert_widths_are_refused_in_one_line() -> None:
     from whalepod.spec.presets import load_model_spec
 
     model = Transformer(load_model_spec("v3-mini").with_(moe_intermediate_size=44, num_hidden_layers=2))
-    with pytest.raises(UserError, match="bfloat16 need sizes in multiples of 8 .*, not 44"):
+    with pytest.raises(UserError, match=r"bfloat16 need sizes in multiples of 8 .*, not 44"):
         model.bfloat16()(torch.zeros(1, 4, dtype=torch.int64))
