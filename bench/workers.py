@@ -4,7 +4,7 @@
 
 Trains v3-mini on Python's standard library, in turn on one worker, on two (replicated), and as two runs of
 one worker at the same time that never speak to each other, a few steps each. The last is what this machine's
-cores give at most, for they share their memory's bandwidth. Speeds are tokens per second of the median step;
+cores give at most. Speeds are tokens per second of the median step;
 ratios are taken within a round.
 """
 
