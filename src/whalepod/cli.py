@@ -93,7 +93,7 @@ def demo(
     with text_progress() as progress:
         result = demo_.run_demo(out, console.print, progress)
     if as_json:
-        print_json(demo_.demo_json(result))
+        print_json(dataclasses.asdict(result))
         return
     console.print()
     console.print(demo_.demo_table(result))

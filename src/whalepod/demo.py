@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +116,6 @@ def run_demo(
         picture=str(picture),
         closing=closing,
     )
-
-
-def demo_json(demo: Demo) -> dict[str, Any]:
-    return asdict(demo)
 
 
 def demo_table(demo: Demo) -> Table:

@@ -89,6 +89,7 @@ def test_bad_requests(run, tmp_path) -> None:
         lambda: Sampling(-1),
         lambda: Sampling(top_p=0),
         lambda: Sampling(top_k=-3),
+        lambda: Sampling(seed=2**70),
         lambda: load_model(tmp_path / "nowhere"),
         lambda: load_model(run, "fp7"),
         lambda: export(run, run),

@@ -38,6 +38,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         ("model.hidden_size=wide", "type int"),
         ("layout.global_batch=7", "multiple of"),
         ("layout.dp_shard=0", "at least 1"),
+        ("layout.global_batch=1000000000000", "at most 1048576"),
         ("layout.precision=fp4", "fp32"),
         ("train.steps=-1", "train.steps"),
         ("optimizer.learning_rate=nan", "learning_rate"),

@@ -131,7 +131,7 @@ def test_config_round_trip(spec: ModelSpec) -> None:
     assert from_config(config, spec.name) == spec
 
 
-def only_user_errors(config: Any) -> None:
+def check_only_user_errors(config: Any) -> None:
     try:
         spec = from_config(config, "any")
     except UserError as error:
@@ -147,23 +147,23 @@ def only_user_errors(config: Any) -> None:
 @given(st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=1, max_size=3))
 @settings(max_examples=300, deadline=None)
 def test_replaced_fields_raise_user_errors_only(junk: dict[str, Any]) -> None:
-    only_user_errors(V32 | junk)
+    check_only_user_errors(V32 | junk)
 
 
 @given(st.dictionaries(st.sampled_from(ROPE_FIELDS), json_values, min_size=1, max_size=2))
 @settings(max_examples=200, deadline=None)
 def test_replaced_rope_fields_raise_user_errors_only(junk: dict[str, Any]) -> None:
-    only_user_errors(V32 | {"rope_scaling": V32["rope_scaling"] | junk})
-    only_user_errors(V32 | {"rope_parameters": junk})
-    only_user_errors(V32 | {"quantization_config": junk | {"weight_block_size": list(junk.values())}})
+    check_only_user_errors(V32 | {"rope_scaling": V32["rope_scaling"] | junk})
+    check_only_user_errors(V32 | {"rope_parameters": junk})
+    check_only_user_errors(V32 | {"quantization_config": junk | {"weight_block_size": list(junk.values())}})
 
 
 @given(st.lists(st.sampled_from(FIELDS), min_size=1, max_size=4), json_values)
 @settings(max_examples=100, deadline=None)
 def test_missing_fields_and_junk_raise_user_errors_only(missing: list[str], junk: Any) -> None:
-    only_user_errors({k: v for k, v in V32.items() if k not in missing})
-    only_user_errors(junk)
-    only_user_errors({"architectures": [junk]})
+    check_only_user_errors({k: v for k, v in V32.items() if k not in missing})
+    check_only_user_errors(junk)
+    check_only_user_errors({"architectures": [junk]})
 
 
 @pytest.mark.parametrize(

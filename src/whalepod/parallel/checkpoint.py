@@ -54,15 +54,11 @@ def steps_saved(folder: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in names if match)
 
 
-def tensors(
-    model: nn.Module, state: TrainingState, optimizer: torch.optim.Optimizer | None
-) -> dict[str, Tensor]:
+def tensors(model: nn.Module, state: TrainingState, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All tensors of a training state by name; loading fills them in place."""
     result = {f"model/{name}": value for name, value in state.weights().items()}
     result |= {f"model/{name}": value for name, value in saved_buffers(model).items()}
-    if optimizer is not None:
-        result |= {f"optimizer/{name}": value for name, value in state.moments(optimizer).items()}
-    return result
+    return result | {f"optimizer/{name}": value for name, value in state.moments(optimizer).items()}
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -184,9 +180,12 @@ def _prime(optimizer: torch.optim.Optimizer, step: int) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     # DCP remarks on single-process use and on its own deprecations at every call.
-    level = logging.getLogger("torch.distributed.checkpoint").level
-    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    logging.getLogger("torch.distributed.checkpoint").setLevel(level)
+    logger = logging.getLogger("torch.distributed.checkpoint")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -32,11 +32,11 @@ class Axis:
     group: dist.ProcessGroup | None = None
     traffic: Traffic = field(default_factory=Traffic)
 
-    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """Reduces in place over the axis and returns the tensor."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sums in place over the axis and returns the tensor."""
         if self.size > 1:
             self.traffic.add(self.name, "all_reduce", tensor)
-            dist.all_reduce(tensor, op=op, group=self.group)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def start_all_reduce(self, tensor: Tensor) -> dist.Work | None:

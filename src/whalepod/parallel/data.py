@@ -73,7 +73,7 @@ class Replicated:
         self._buckets = self.master.gradients.split(elements)
         self._bucket_size = elements
         self._missing: list[int] = []
-        self._works: list[dist.Work | None] = []
+        self._works: list[dist.Work | None] = []  # of the buckets that have left
 
     def start_step(self) -> None:
         self.master.start_step()
@@ -81,7 +81,7 @@ class Replicated:
     def before_backward(self, is_last: bool) -> None:
         self.master.on_gradient = self._arrived if is_last and self._axis.size > 1 else None
         self._missing = [bucket.numel() for bucket in self._buckets]
-        self._works = [None] * len(self._buckets)
+        self._works = []
 
     def _arrived(self, offset: int, size: int) -> None:
         # A parameter may straddle buckets; each bucket leaves when all its elements are final.
@@ -90,20 +90,23 @@ class Replicated:
             index = offset // self._bucket_size
             step = min(end, (index + 1) * self._bucket_size) - offset
             self._missing[index] -= step
-            if self._missing[index] == 0:
-                self._works[index] = self._axis.start_all_reduce(self._buckets[index])
             offset += step
+        # Buckets leave in one order on every rank, or ranks would sum different ones: a complete
+        # bucket waits for those before it.
+        while len(self._works) < len(self._buckets) and self._missing[len(self._works)] == 0:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        self._works.append(self._axis.start_all_reduce(self._buckets[len(self._works)]))
 
     def finish_gradients(self) -> None:
         self.master.on_gradient = None
         self.master.clear_missing()
         if self._axis.size == 1:
             return
-        for index, bucket in enumerate(self._buckets):
-            # A parameter without a gradient (an expert module that saw no token) holds its bucket
-            # back on this rank but not on others: the rest leaves here, in the same order on all.
-            if self._works[index] is None:
-                self._works[index] = self._axis.start_all_reduce(bucket)
+        # A parameter without a gradient holds its bucket back, and those behind it, until here.
+        while len(self._works) < len(self._buckets):
+            self._start_next()
         for work in self._works:
             assert work is not None
             work.wait()

@@ -24,6 +24,8 @@ class Sampling:
             raise UserError(f"temperature must be between 0 and 100, not {self.temperature}")
         if self.top_k < 0:
             raise UserError(f"top_k must be 0 (all tokens) or more, not {self.top_k}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be between 0 and {2**63 - 1}, not {self.seed}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
 

@@ -8,6 +8,7 @@ from typing import Literal
 from whalepod.spec.errors import UserError
 
 Precision = Literal["bf16", "fp32"]
+MAX_SIZE = 2**20
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "dp_shard", "micro_batch", "global_batch"):
             value = getattr(self, name)
-            if value < 1:
-                raise UserError(f"layout.{name} must be at least 1, not {value}")
+            # The bound keeps a slip of the keyboard from asking for terabytes of token ids.
+            if not 1 <= value <= MAX_SIZE:
+                raise UserError(f"layout.{name} must be at least 1 and at most {MAX_SIZE}, not {value}")
         per_pass = self.micro_batch * self.num_devices
         if self.global_batch % per_pass:
             low = self.global_batch // per_pass * per_pass
