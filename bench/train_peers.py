@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from whalepod.models.transformer import Transformer, init_weights
+from whalepod.models.transformer import Transformer, init_weights, target_windows
 from whalepod.parallel.comm import Axis
 from whalepod.parallel.data import Replicated, clip_gradients
 from whalepod.spec.counts import train_flops
@@ -49,7 +49,7 @@ def whalepod_arm(spec: ModelSpec) -> Step:
 
     def step(rows: torch.Tensor) -> float:
         state.start_step()
-        loss = model(rows[:, :LENGTH], rows[:, 1:]).main / (BATCH * LENGTH)
+        loss = model(rows[:, :LENGTH], target_windows(rows[:, 1:], len(model.mtp))).main / (BATCH * LENGTH)
         state.before_backward(True)
         loss.backward()
         state.finish_gradients()

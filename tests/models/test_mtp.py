@@ -28,7 +28,7 @@ from transformers.generation.candidate_generator import MTPCandidateGenerator
 from transformers.modeling_layers import MtpModel
 
 from whalepod.models.rope import tables
-from whalepod.models.transformer import Losses, Transformer
+from whalepod.models.transformer import Losses, Transformer, target_windows
 
 TOLERANCE = 5e-5
 
@@ -58,7 +58,7 @@ def depth_states(model: Transformer, tokens: Tensor, following: Tensor) -> list[
     hooks = [
         part.register_forward_hook(lambda _m, _a, out: seen.append(out)) for part in (model.norm, *model.mtp)
     ]
-    model(tokens, following)
+    model(tokens, target_windows(following, len(model.mtp)))
     for hook in hooks:
         hook.remove()
     return seen
@@ -166,7 +166,7 @@ def save_checkpoint(reference: Any, drafter: nn.Module, folder: Path) -> None:
 
 
 def losses(model: Transformer, tokens: Tensor, targets: Tensor) -> Losses:
-    out = model(tokens, targets)
+    out = model(tokens, target_windows(targets, len(model.mtp)))
     assert isinstance(out, Losses)
     return out
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from whalepod.models.moe import routers
 from whalepod.parallel import checkpoint
 from whalepod.parallel.mesh import Mesh, open_mesh
 from whalepod.spec.errors import UserError
@@ -85,14 +84,15 @@ def test_no_pickle_in_a_checkpoint(run_values) -> None:
 def test_masters_stay_fp32_and_compute_is_bf16(run_values) -> None:
     run_values["layout"]["precision"] = "bf16"
     t = trainer(make_run(run_values))
-    assert {p.dtype for p in t.model.parameters()} == {torch.bfloat16}
-    assert {w.dtype for w in t.state.weights().values()} == {torch.float32}
-    before = {k: v.clone() for k, v in t.state.weights().items()}
+    model = t.parallel.parts[0]
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {w.tensor.dtype for w in t.state.weights().values()} == {torch.float32}
+    before = {k: v.tensor.clone() for k, v in t.state.weights().items()}
     t.step()
-    assert any(not torch.equal(before[k], v) for k, v in t.state.weights().items())
-    for name, parameter in t.model.named_parameters():
-        assert torch.equal(parameter, t.state.weights()[name].bfloat16())
-    for router in routers(t.model):
+    assert any(not torch.equal(before[k], v.tensor) for k, v in t.state.weights().items())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, t.state.weights()[name].tensor.bfloat16())
+    for router in t.parallel.routers:
         assert router.load.dtype == torch.float32
 
 
@@ -115,8 +115,8 @@ def test_bias_balancing_evens_the_load(run_values) -> None:
     worst = []
     for _ in range(100):
         with torch.no_grad():
-            t.model(rows[:, :32], rows[:, 1:])
-        load = balance_step(t.model, 2e-4, t.mesh.data)
+            t.parallel.loss(rows)
+        load = balance_step(t.parallel.routers, 2e-4, t.mesh)
         assert load is not None
         worst.append(load.mean)
     assert worst[-1] < 1 + 0.5 * (worst[0] - 1)
@@ -125,16 +125,16 @@ def test_bias_balancing_evens_the_load(run_values) -> None:
 def test_nan_gradients_skip_the_step_and_stop_after_a_limit(run_values) -> None:
     t = trainer(make_run(run_values))
     # A NaN in one weight makes every loss NaN; the weights must stay as they are.
-    t.state.weights()["norm.weight"][0] = float("nan")
+    t.state.weights()["norm.weight"].tensor[0] = float("nan")
     t.state.write_back()
-    before = {k: v.clone() for k, v in t.state.weights().items()}
+    before = {k: v.tensor.clone() for k, v in t.state.weights().items()}
     for _ in range(9):
         t.step()
     with pytest.raises(UserError, match="10 steps in a row"):
         t.step()
     assert t.skipped == 10
     after = t.state.weights()
-    assert all(torch.equal(before[k].nan_to_num(7), after[k].nan_to_num(7)) for k in before)
+    assert all(torch.equal(before[k].nan_to_num(7), after[k].tensor.nan_to_num(7)) for k in before)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ over twice as slow and sums the loss in BF16: `bench/head_loss.py`.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,17 +21,32 @@ SLICE_ELEMENTS = 1 << 22  # of logits: 16 MiB in float32
 IGNORED = -100
 
 
-def head_loss(h_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """Sum over tokens of the negative log-likelihood of `targets_T` under softmax(h W^T), float32.
+Combine = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-    Negative targets are left out of the sum.
+
+def head_loss(h: Tensor, weight_VD: Tensor, targets: Tensor) -> Tensor:
+    """Sum over tokens of the negative log-likelihood of `targets` under softmax(h W^T), float32.
+
+    h [..., D], targets [...]. Negative targets are left out of the sum.
     """
-    return _HeadLoss.apply(h_TD, weight_VD, targets_T)
+    return _HeadLoss.apply(h.reshape(-1, h.shape[-1]), weight_VD, targets.reshape(-1), 0, None)
+
+
+def partial_head_loss(h: Tensor, weight_VD: Tensor, targets: Tensor, first: int, combine: Combine) -> Tensor:
+    """The same where this device holds only some rows of the head: `first` and those after it.
+
+    combine(log_sum [T, 1], target_logit [T, 1]) makes both, known for these rows, whole: the log-sum-exp
+    over all rows, and the target's logit, which is 0 where the target is not among these rows.
+    The gradient of h is the part that comes from these rows.
+    """
+    return _HeadLoss.apply(h.reshape(-1, h.shape[-1]), weight_VD, targets.reshape(-1), first, combine)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, h_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, first: int, combine: Combine | None
+    ) -> Tensor:
         needs = h_TD.requires_grad or weight_VD.requires_grad
         grad_h = torch.empty_like(h_TD) if needs else None
         grad_w = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device) if needs else None
@@ -44,13 +60,18 @@ class _HeadLoss(torch.autograd.Function):
         ):
             logits = F.linear(h, weight_VD).float()
             counted = (targets >= 0).unsqueeze(1)
-            index = targets.clamp_min(0).unsqueeze(1)
+            index = (targets - first).unsqueeze(1)
+            here = (index >= 0) & (index < len(weight_VD))
+            index = index.clamp(0, len(weight_VD) - 1)
             log_sum = logits.logsumexp(-1, keepdim=True)
-            total += ((log_sum - logits.gather(1, index)) * counted).sum()
+            target_logit = logits.gather(1, index) * here
+            if combine is not None:
+                log_sum, target_logit = combine(log_sum, target_logit)
+            total += ((log_sum - target_logit) * counted).sum()
             if out is None or grad_w is None:
                 continue
             grad = logits.sub_(log_sum).exp_()
-            grad.scatter_add_(1, index, grad.new_full((len(grad), 1), -1.0))
+            grad.scatter_add_(1, index, -here.to(grad.dtype))
             grad = grad.mul_(counted).to(h.dtype)
             torch.mm(grad, weight_VD, out=out)
             grad_w += grad.t() @ h
@@ -60,6 +81,6 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, grad_w * grad, None
+        return grad_h * grad, grad_w * grad, None, None, None

@@ -3,7 +3,7 @@
 A token picks K of E experts. `Router` scores and picks; a dispatcher brings each token's row to
 its experts; `GroupedExperts` runs all experts as grouped matrix products; the dispatcher brings
 the rows back and sums them. The dispatcher is a seam: `LocalDispatcher` sorts rows on this device,
-`parallel/exchange` sends them to other devices behind the same two methods.
+`parallel/exchange` sends them to other devices behind the same three methods.
 
 Rows of one expert are contiguous and their count is rounded up to `alignment`. Kernels specialise
 on the row count (oneDNN compiles one per shape, FP8 products need whole blocks), and free counts
@@ -14,6 +14,7 @@ gradient, so it needs no mask, and both directions of dispatch are pure gathers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,8 +31,10 @@ class Router(nn.Module):
     """Scores experts in float32 and picks K; parameter names as in the checkpoints.
 
     `load` [E] counts picks since it was last zeroed (training mode only); balancing and metrics
-    read it. `balance_weight` multiplies the sequence-wise balance loss of every sequence; the
-    trainer sets it to alpha over the number of sequences.
+    read it, and recomputation sets `counts_load` to False so that no pick counts twice.
+    `balance_weight` multiplies the sequence-wise balance loss of every sequence; the trainer sets it to
+    alpha over the number of sequences. Where this device has parts of sequences, `sum_counts` adds up
+    counts [B, E] over their other parts.
     """
 
     load: Tensor
@@ -44,6 +47,8 @@ class Router(nn.Module):
         num_experts = spec.moe.n_routed_experts
         self.weight = nn.Parameter(torch.empty(num_experts, spec.hidden_size))
         self.balance_weight = 0.0
+        self.counts_load = True
+        self.sum_counts: Callable[[Tensor], Tensor] = lambda counts_BE: counts_BE
         self.register_buffer("load", torch.zeros(num_experts), persistent=False)
         bias = torch.zeros(num_experts) if spec.moe.selection_bias else None
         self.register_buffer("e_score_correction_bias", bias)
@@ -60,15 +65,17 @@ class Router(nn.Module):
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         weights_TK = weights_TK * m.routed_scaling_factor
         if self.training:
-            with torch.no_grad():
-                ones = self.load.new_ones(()).expand(ids_TK.numel())
-                self.load.scatter_add_(0, ids_TK.flatten(), ones)
+            if self.counts_load:
+                with torch.no_grad():
+                    ones = self.load.new_ones(()).expand(ids_TK.numel())
+                    self.load.scatter_add_(0, ids_TK.flatten(), ones)
             if self.balance_weight:
                 counted = ids_TK
                 if m.selection_bias:
                     # V3 counts the K highest affinities, whatever bias and groups select (equation 18).
                     counted = scores_TE.detach().topk(m.num_experts_per_tok, dim=-1, sorted=False).indices
-                loss = sequence_balance_loss(scores_TE.unflatten(0, x_BSD.shape[:2]), counted)
+                scores_BSE = scores_TE.unflatten(0, x_BSD.shape[:2])
+                loss = sequence_balance_loss(scores_BSE, counted, self.sum_counts)
                 weights_TK = _AddLoss.apply(weights_TK, self.balance_weight * loss)
         return ids_TK, weights_TK
 
@@ -91,20 +98,25 @@ def routers(model: nn.Module) -> list[Router]:
     return [module for module in model.modules() if isinstance(module, Router)]
 
 
-def sequence_balance_loss(scores_BSE: Tensor, ids_TK: Tensor) -> Tensor:
+def sequence_balance_loss(
+    scores_BSE: Tensor, ids_TK: Tensor, sum_counts: Callable[[Tensor], Tensor] = lambda counts_BE: counts_BE
+) -> Tensor:
     """Sequence-wise balance loss summed over sequences, without alpha (V3, equations 17 to 20).
 
-    ids: the experts counted for each token in the loads f (equation 18).
+    ids: the experts counted for each token in the loads f (equation 18). With parts of sequences and
+    a `sum_counts` over all their parts, the part of the loss that arises here: the parts add up.
     """
-    batch, length, num_experts = scores_BSE.shape
+    batch, _, num_experts = scores_BSE.shape
     k = ids_TK.shape[-1]
     with torch.no_grad():
-        picks = ids_TK.view(batch, length * k)
-        frequency = torch.zeros(batch, num_experts, device=picks.device).scatter_add_(
+        picks = ids_TK.view(batch, -1)
+        counts = torch.zeros(batch, num_experts, device=picks.device).scatter_add_(
             1, picks, torch.ones((), device=picks.device).expand_as(picks)
         )
-        frequency = frequency * (num_experts / (k * length))
-    share = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
+        counts = sum_counts(counts)
+        whole_length = counts.sum(-1, keepdim=True) / k
+        frequency = counts * (num_experts / k) / whole_length
+    share = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).sum(1) / whole_length
     return (frequency * share).sum()
 
 
@@ -134,11 +146,18 @@ class Rows(NamedTuple):
 
 
 class Dispatcher(Protocol):
-    """The seam between routing and the experts' products."""
+    """The seam between routing and the experts' products.
 
-    def dispatch(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int
-    ) -> tuple[Rows, Any]:
+    `start` lets the rows go and `finish` takes them in. What the layer computes between the two runs
+    while they travel, and so does its backward pass while gradients travel back: autograd goes
+    through nodes in the reverse order of their creation.
+    """
+
+    def start(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Any:
+        """Sends each token's row off to its experts."""
+        ...
+
+    def finish(self, sent: Any) -> tuple[Rows, Any]:
         """Rows for the experts held here, and whatever `combine` needs to undo it."""
         ...
 
@@ -161,31 +180,50 @@ def group_alignment(num_picks: int, num_experts: int) -> int:
     return min(64, 1 << (eighth.bit_length() - 1)) if eighth else 1
 
 
+class Groups(NamedTuple):
+    """Where P picks stand when they are sorted by expert into N rows."""
+
+    pick_N: Tensor  # the pick each row serves (padding rows: pick 0)
+    row_P: Tensor  # the row of each pick
+    ends_E: Tensor  # int32, row after each expert's last
+
+
+def group_by_expert(ids_P: Tensor, num_experts: int) -> Groups:
+    """Rows for picks of experts `ids_P`, each expert's together and padded to `group_alignment`."""
+    num_picks, device = ids_P.numel(), ids_P.device
+    alignment = group_alignment(num_picks, num_experts)
+    # A bound that depends on shapes alone: no device synchronisation, and it traces.
+    num_rows = num_picks + num_experts * (alignment - 1)
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
+    counts.scatter_add_(0, ids_P, torch.ones_like(ids_P))
+    padded = (counts + alignment - 1) // alignment * alignment
+    ends = padded.cumsum(0)
+    order = ids_P.argsort(stable=True)
+    shift = (ends - padded) - (counts.cumsum(0) - counts)
+    row_of_sorted = torch.arange(num_picks, device=device) + shift[ids_P[order]]
+    row_P = torch.empty_like(ids_P).scatter_(0, order, row_of_sorted)
+    pick_N = torch.zeros(num_rows, dtype=torch.int64, device=device).scatter_(0, row_of_sorted, order)
+    return Groups(pick_N, row_P, ends.to(torch.int32))
+
+
 class LocalDispatcher:
-    """All experts are on this device: sort rows by expert, and back."""
+    """All experts are on this device: sort rows by expert, and back. Nothing travels."""
+
+    def start(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int
+    ) -> tuple[Rows, GroupPlan]:
+        return self.dispatch(x_TD, ids_TK, weights_TK, num_experts)
+
+    def finish(self, sent: tuple[Rows, GroupPlan]) -> tuple[Rows, GroupPlan]:
+        return sent
 
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int
     ) -> tuple[Rows, GroupPlan]:
-        ids, device = ids_TK.flatten(), ids_TK.device
-        num_picks = ids.numel()
-        alignment = group_alignment(num_picks, num_experts)
-        # A bound that depends on shapes alone: no device synchronisation, and it traces.
-        num_rows = num_picks + num_experts * (alignment - 1)
-        counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        counts.scatter_add_(0, ids, torch.ones_like(ids))
-        padded = (counts + alignment - 1) // alignment * alignment
-        ends = padded.cumsum(0)
-        order = ids.argsort(stable=True)
-        sorted_ids = ids[order]
-        shift = (ends - padded) - (counts.cumsum(0) - counts)
-        row_of_sorted = torch.arange(num_picks, device=device) + shift[sorted_ids]
-        rows = torch.empty_like(ids).scatter_(0, order, row_of_sorted)
-        tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        tokens.scatter_(0, row_of_sorted, order // ids_TK.shape[1])
-        plan = GroupPlan(tokens, rows.view_as(ids_TK))
-        weights = weights_TK.new_zeros(num_rows).scatter(0, rows, weights_TK.flatten())
-        return Rows(_Spread.apply(x_TD, *plan), weights, ends.to(torch.int32)), plan
+        groups = group_by_expert(ids_TK.flatten(), num_experts)
+        plan = GroupPlan(groups.pick_N // ids_TK.shape[1], groups.row_P.view_as(ids_TK))
+        weights = weights_TK.new_zeros(groups.pick_N.shape).scatter(0, groups.row_P, weights_TK.flatten())
+        return Rows(_Spread.apply(x_TD, *plan), weights, groups.ends_E), plan
 
     def combine(self, y_ND: Tensor, plan: GroupPlan) -> Tensor:
         return _Collect.apply(y_ND, *plan)
@@ -274,8 +312,11 @@ class MoELayer(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.flatten(0, 1)
         ids_TK, weights_TK = self.gate(x_BSD)
-        rows, plan = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK, self.gate.weight.shape[0])
+        sent = self.dispatcher.start(x_TD, ids_TK, weights_TK, self.gate.weight.shape[0])
+        # Here, and not after the routed experts: it computes while tokens travel.
+        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
+        rows, plan = self.dispatcher.finish(sent)
         out_TD = self.dispatcher.combine(self.experts(rows), plan)
-        if self.shared_experts is not None:
-            out_TD = out_TD + self.shared_experts(x_TD)
+        if shared_TD is not None:
+            out_TD = out_TD + shared_TD
         return out_TD.view_as(x_BSD)

@@ -24,6 +24,11 @@ class Losses(NamedTuple):
     mtp: tuple[Tensor, ...]
 
 
+def target_windows(following: Tensor, num_depths: int) -> Tensor:
+    """[B, S, 1 + num_depths] windows of `following` [B, S + num_depths], the tokens after each of S."""
+    return following.unfold(1, 1 + num_depths, 1)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
@@ -80,31 +85,36 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         first = spec.num_hidden_layers
         self.mtp = nn.ModuleList(MTPBlock(spec, first + k) for k in range(spec.num_nextn_predict_layers))
+        self.head_loss = head_loss
 
     def forward(
         self,
         tokens_BS: Tensor,
-        targets: Tensor | None = None,
+        targets_BSK: Tensor | None = None,
         positions: Tensor | None = None,
         attend: Attend = causal,
     ) -> Tensor | Losses:
-        """Logits [B, S, V], or with `targets` the Losses.
+        """Logits [B, S, V], or with targets the Losses.
 
-        targets: [B, S + number of MTP depths], the tokens that follow: targets[:, i] comes after
-        tokens_BS[:, i]. Targets below 0 are not counted in any loss.
+        targets_BSK: [B, S, 1 + MTP depths], for each position the next token and those after it
+        (`target_windows`). Targets below 0 are not counted in any loss.
         positions: [S] or [B, S], default 0, 1, ...
         """
         cos_sin = self._tables(tokens_BS, positions)
         x = self._blocks(tokens_BS, cos_sin, attend)
-        if targets is None:
+        if targets_BSK is None:
             return self.lm_head(x)
-        length = tokens_BS.shape[1]
-        main = self._loss(x, targets[:, :length])
+        return self.losses(x, targets_BSK, cos_sin, attend)
+
+    def losses(self, x_BSD: Tensor, targets_BSK: Tensor, cos_sin: Tables, attend: Attend) -> Losses:
+        """From the last hidden states, normalised, through head and MTP blocks."""
+        weight = self.lm_head.weight
+        main = self.head_loss(x_BSD, weight, targets_BSK[..., 0])
         mtp = []
         for depth, block in enumerate(self.mtp, start=1):
-            embedding = self.embed_tokens(targets[:, depth - 1 : depth - 1 + length].clamp_min(0))
-            x = block(x, embedding, cos_sin, attend)
-            mtp.append(self._loss(x, targets[:, depth : depth + length]))
+            embedding = self.embed_tokens(targets_BSK[..., depth - 1].clamp_min(0))
+            x_BSD = block(x_BSD, embedding, cos_sin, attend)
+            mtp.append(self.head_loss(x_BSD, weight, targets_BSK[..., depth]))
         return Losses(main, tuple(mtp))
 
     def hidden(self, tokens_BS: Tensor, positions: Tensor | None, attend: Attend) -> Tensor:
@@ -122,9 +132,6 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = layer(x, cos_sin, attend)
         return self.norm(x)
-
-    def _loss(self, x_BSD: Tensor, targets_BS: Tensor) -> Tensor:
-        return head_loss(x_BSD.flatten(0, 1), self.lm_head.weight, targets_BS.flatten())
 
 
 def initial_value(name: str, shape: torch.Size, spec: ModelSpec, seed: int) -> Tensor:

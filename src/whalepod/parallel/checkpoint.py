@@ -1,8 +1,9 @@
 """Checkpoints: torch's distributed checkpoint in safetensors files, resumable under another layout.
 
-A checkpoint is a folder `step_00000100` holding every rank's shards (weights in FP32, moments,
-selection biases) and `state.json`. It is written under a temporary name and renamed when whole, so
-a crash at any moment leaves the previous one. Nothing in it is a pickle.
+A checkpoint is a folder `step_00000100` holding every rank's parts (weights in FP32, moments,
+selection biases) and `state.json`. A part is a box of a whole tensor, whichever axes of a layout cut
+it out, so any other layout finds its own parts in it. It is written under a temporary name and
+renamed when whole, so a crash at any moment leaves the previous one. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +23,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from whalepod.models.moe import routers
 from whalepod.models.transformer import Transformer
 from whalepod.parallel.comm import Axis
-from whalepod.parallel.data import TrainingState
+from whalepod.parallel.data import Piece, TrainingState
+from whalepod.parallel.parallelize import Parallel
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import ModelSpec
 
@@ -54,11 +58,53 @@ def steps_saved(folder: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in names if match)
 
 
-def tensors(model: nn.Module, state: TrainingState, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+class Part(Tensor):
+    """A Piece as torch's checkpoints take it: what is written, what is to be read, and into what.
+
+    Checkpoints accept no other objects than tensors, but ask any tensor for these three methods
+    (`torch.distributed._checkpointable`). `size()` is the whole's.
+    """
+
+    piece: Piece
+
+    @staticmethod
+    def __new__(cls, piece: Piece) -> Part:
+        part = Tensor._make_subclass(cls, piece.tensor)
+        part.piece = piece
+        return part
+
+    def size(self, dim: int | None = None) -> Any:
+        whole = torch.Size(self.piece.box.whole)
+        return whole if dim is None else whole[dim]
+
+    def __create_write_items__(self, name: str, _object: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.piece.tensor)
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        box = self.piece.box
+        if not self.piece.tensor.numel():
+            return []
+        return [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape))]
+
+    def __get_tensor_shard__(self, _index: MetadataIndex) -> Tensor:
+        return self.piece.tensor
+
+
+def tensors(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All tensors of a training state by name; loading fills them in place."""
-    result = {f"model/{name}": value for name, value in state.weights().items()}
-    result |= {f"model/{name}": value for name, value in saved_buffers(model).items()}
-    return result | {f"optimizer/{name}": value for name, value in state.moments(optimizer).items()}
+    state: TrainingState = parallel.state
+    result: dict[str, Tensor] = {f"model/{n}": Part(p) for n, p in state.weights().items()}
+    for part in parallel.parts:
+        result |= {f"model/{name}": value for name, value in saved_buffers(part).items()}
+    return result | {f"optimizer/{n}": Part(p) for n, p in state.moments(optimizer).items()}
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -70,44 +116,37 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 def save(
     folder: Path,
     progress: Progress,
-    model: nn.Module,
-    state: TrainingState,
+    parallel: Parallel,
     optimizer: torch.optim.Optimizer,
-    data: Axis,
     keep: int,
 ) -> Path:
     """Writes a checkpoint from all ranks, then removes all but the newest `keep`. Returns its path."""
+    world: Axis = parallel.mesh.world
     final = path_of(folder, progress.step)
     unfinished = final.with_suffix(".unfinished")
-    if data.rank == 0:
+    if world.rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-    data.barrier()
+    world.barrier()
     writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
     with _quiet():
-        dcp.save(tensors(model, state, optimizer), storage_writer=writer, no_dist=data.size == 1)
-    if data.rank == 0:
+        dcp.save(tensors(parallel, optimizer), storage_writer=writer, no_dist=world.size == 1)
+    if world.rank == 0:
         (unfinished / "state.json").write_text(json.dumps(asdict(progress)))
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         for step in steps_saved(folder)[:-keep]:
             shutil.rmtree(path_of(folder, step))
-    data.barrier()
+    world.barrier()
     return final
 
 
-def load(
-    path: Path,
-    model: nn.Module,
-    state: TrainingState,
-    optimizer: torch.optim.Optimizer,
-    data: Axis,
-) -> Progress:
-    """Fills a training state from a checkpoint written under any data-parallel layout."""
+def load(path: Path, parallel: Parallel, optimizer: torch.optim.Optimizer) -> Progress:
+    """Fills a training state from a checkpoint written under any layout."""
     progress = read_progress(path)
     _prime(optimizer, progress.step)
-    read_tensors(path, tensors(model, state, optimizer), no_dist=data.size == 1)
-    state.write_back()
+    read_tensors(path, tensors(parallel, optimizer), no_dist=parallel.mesh.world.size == 1)
+    parallel.state.write_back()
     return progress
 
 
@@ -119,7 +158,7 @@ def read_progress(path: Path) -> Progress:
         raise UserError(f"checkpoint {path} has no readable state.json: {error}") from None
 
 
-def read_tensors(path: Path, into: dict[str, Tensor], no_dist: bool = True) -> None:
+def read_tensors(path: Path, into: Mapping[str, Tensor], no_dist: bool = True) -> None:
     """Fills `into` in place from a checkpoint; each rank reads what it holds.
 
     Raises UserError naming the first tensor that is missing or has another shape.
@@ -132,13 +171,13 @@ def read_tensors(path: Path, into: dict[str, Tensor], no_dist: bool = True) -> N
     for name, tensor in into.items():
         if name not in stored:
             raise UserError(f"checkpoint {path} is of another model: it has no {name!r}")
-        if tuple(stored[name].size) != tuple(tensor.shape):
+        if tuple(stored[name].size) != tuple(tensor.size()):
             raise UserError(
                 f"checkpoint {path} is of another model: {name!r} has shape {list(stored[name].size)} there, "
-                f"{list(tensor.shape)} here"
+                f"{list(tensor.size())} here"
             )
     with _quiet():
-        dcp.load(into, storage_reader=reader, no_dist=no_dist)
+        dcp.load(dict(into), storage_reader=reader, no_dist=no_dist)
 
 
 def is_run(folder: Path) -> bool:

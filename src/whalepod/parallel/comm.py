@@ -1,25 +1,54 @@
-"""The one place that calls collectives: it counts their calls and bytes by axis and operation."""
+"""The one place that calls collectives: it counts their calls and bytes by axis and operation.
+
+An `Axis` is a group of ranks with a name. Its plain methods work in place or into given buffers.
+`gather`, `reduce_scatter` and `all_to_all` can be differentiated: each one's backward pass is its
+transpose, so that gradients come out right when every rank adds its own share of the one global
+loss (and no share is added twice).
+
+They are functional collectives (tensors in, new tensors out), so selective recomputation keeps
+their results instead of communicating again: `SAVED_BY_RECOMPUTE`.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+
+_ops = torch.ops._c10d_functional
+
+SAVED_BY_RECOMPUTE = (
+    _ops.all_gather_into_tensor.default,
+    _ops.reduce_scatter_tensor.default,
+    _ops.all_to_all_single.default,
+    _ops.all_reduce.default,
+    _ops.wait_tensor.default,
+)
 
 
 @dataclass
 class Traffic:
-    """Calls and payload bytes of this rank since the start, by (axis, operation)."""
+    """Calls and payload bytes of this rank since the start, by (axis, operation).
+
+    Payload: the tensor of an all-reduce or broadcast, the result of an all-gather, the input of a
+    reduce-scatter or all-to-all, what a send sends. `paused` while results are replayed, not sent.
+    """
 
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    paused: bool = False
 
-    def add(self, axis: str, op: str, tensor: Tensor) -> None:
-        self.calls[axis, op] += 1
-        self.bytes[axis, op] += tensor.numel() * tensor.element_size()
+    def add(self, axis: str, op: str, tensor: Tensor, times: int = 1) -> None:
+        if not self.paused:
+            self.calls[axis, op] += 1
+            self.bytes[axis, op] += tensor.numel() * tensor.element_size() * times
 
 
 @dataclass(frozen=True)
@@ -46,6 +75,47 @@ class Axis:
         self.traffic.add(self.name, "all_reduce", tensor)
         return dist.all_reduce(tensor, group=self.group, async_op=True)
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the axis as a new tensor; not differentiable."""
+        if self.size == 1:
+            return tensor
+        self.traffic.add(self.name, "all_reduce", tensor)
+        return _ops.wait_tensor(_ops.all_reduce(tensor, "sum", self._group_name))
+
+    def gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """Every rank's tensor (equal shapes), joined along `dim` in rank order. Differentiable."""
+        return tensor if self.size == 1 else _Gather.apply(tensor, self, dim)
+
+    def reduce_scatter(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """This rank's part along `dim` of the sum over the axis. Differentiable.
+
+        `dim` must be a multiple of the axis's size.
+        """
+        return tensor if self.size == 1 else _ReduceScatter.apply(tensor, self, dim)
+
+    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Sends `send[i]` consecutive rows to rank i and returns `receive[i]` rows of each rank i, in
+        rank order. Differentiable."""
+        return rows if self.size == 1 else _AllToAll.apply(rows, self, list(send), list(receive))
+
+    def start_all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """The same without gradient, and at once: `wait(result)` before reading it."""
+        if self.size == 1:
+            return rows
+        assert len(rows) == sum(send)
+        self.traffic.add(self.name, "all_to_all", rows)
+        return _ops.all_to_all_single(rows.contiguous(), list(receive), list(send), self._group_name)
+
+    def gather_into(self, out: Tensor, tensor: Tensor, async_op: bool = False) -> dist.Work | None:
+        """Fills flat `out` with every rank's flat `tensor`."""
+        self.traffic.add(self.name, "all_gather", out)
+        return dist.all_gather_into_tensor(out, tensor, group=self.group, async_op=async_op)
+
+    def reduce_scatter_into(self, out: Tensor, tensor: Tensor, async_op: bool = False) -> dist.Work | None:
+        """Fills flat `out` with this rank's part of the sum of flat `tensor`."""
+        self.traffic.add(self.name, "reduce_scatter", tensor)
+        return dist.reduce_scatter_tensor(out, tensor, group=self.group, async_op=async_op)
+
     def all_gather_floats(self, values: list[float]) -> list[list[float]]:
         """Every rank's few figures, by rank: for logs."""
         mine = torch.tensor(values, dtype=torch.float64)
@@ -59,6 +129,106 @@ class Axis:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.group)
+
+    @property
+    def _group_name(self) -> str:
+        assert self.group is not None
+        return self.group.group_name
+
+    def _gathered(self, tensor: Tensor, dim: int) -> Tensor:
+        out = _ops.all_gather_into_tensor(tensor.contiguous(), self.size, self._group_name)
+        self.traffic.add(self.name, "all_gather", out)
+        out = _ops.wait_tensor(out)
+        return out if dim == 0 else torch.cat(out.chunk(self.size), dim=dim)
+
+    def _reduced(self, tensor: Tensor, dim: int) -> Tensor:
+        assert tensor.shape[dim] % self.size == 0, (tuple(tensor.shape), dim, self.size)
+        if dim != 0:
+            tensor = torch.cat(tensor.chunk(self.size, dim=dim))
+        self.traffic.add(self.name, "reduce_scatter", tensor)
+        return _ops.wait_tensor(
+            _ops.reduce_scatter_tensor(tensor.contiguous(), "sum", self.size, self._group_name)
+        )
+
+
+def wait(tensor: Tensor) -> Tensor:
+    """The result of a started collective, ready to be read."""
+    return _ops.wait_tensor(tensor)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return axis._gathered(tensor, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.axis._reduced(grad, ctx.dim), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return axis._reduced(tensor, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.axis._gathered(grad, ctx.dim), None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, axis: Axis, send: list[int], receive: list[int]) -> Tensor:
+        ctx.axis, ctx.send, ctx.receive = axis, send, receive
+        return wait(axis.start_all_to_all(rows, send, receive))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return wait(ctx.axis.start_all_to_all(grad, ctx.receive, ctx.send)), None, None, None
+
+
+class CountedGather(AllGather):
+    """FSDP2's gathering of weights, over an Axis."""
+
+    def __init__(self, axis: Axis) -> None:
+        self._axis = axis
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        return self._axis.gather_into(output_tensor, input_tensor, async_op)
+
+
+class CountedSum(ReduceScatter):
+    """FSDP2's scattering of gradients, over an Axis, and always as a sum.
+
+    FSDP2 would average over its own group; the losses here are parts of one global mean, and experts
+    and the rest are spread over groups of different sizes, so only sums come out right.
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        self._axis = axis
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        return self._axis.reduce_scatter_into(output_tensor, input_tensor, async_op)
 
 
 def from_first_rank(message: str | None) -> str | None:

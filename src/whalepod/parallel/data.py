@@ -1,62 +1,80 @@
 """Data parallelism: the training state replicated, or sharded with FSDP2, behind one interface.
 
 Both hold FP32 masters, compute in the layout's precision, and sum gradients in FP32. The loss that
-a rank backpropagates is its part of the global batch's mean; gradients are therefore summed over
-ranks. FSDP2 averages instead (a sum needs an operation that gloo lacks), which `loss_scale` undoes.
+a rank backpropagates is its part of the global batch's mean; gradients are therefore summed.
+
+What is summed over which ranks differs by parameter (`Held.reduce`): what `tp` splits over those that
+saw other data, what it repeats over the `tp` ranks too, experts over those that hold the same experts.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
-from whalepod.models.transformer import Transformer
-from whalepod.parallel.comm import Axis
+from whalepod.models.moe import GroupedExperts
+from whalepod.models.transformer import Block, MTPBlock
+from whalepod.parallel.comm import Axis, CountedGather, CountedSum
 from whalepod.parallel.mesh import Mesh
+from whalepod.parallel.sharding import Box, Held, local_part
 from whalepod.precision.master import MasterWeights
 from whalepod.spec.layout import Layout
 
 BUCKET_BYTES = 32 * 2**20
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Piece(NamedTuple):
+    """A tensor of the training state as this rank holds it: the part `box` of a whole."""
+
+    tensor: Tensor
+    box: Box
 
 
 class TrainingState(Protocol):
     """A model's weights as a trainer needs them, wherever they live.
 
-    decayed, plain: parameters for the optimiser with and without weight decay.
-    loss_scale: factor on the loss before backward.
+    decayed, plain: FP32 tensors for the optimiser with and without weight decay; after
+    `finish_gradients` their `.grad` are global sums.
     """
 
     decayed: list[nn.Parameter]
     plain: list[nn.Parameter]
-    loss_scale: float
 
     def start_step(self) -> None:
         """Before the first micro-batch: forgets the last step's gradients."""
         ...
 
     def before_backward(self, is_last: bool) -> None:
-        """Before each backward pass; only the last of a step communicates."""
+        """Before each backward pass; says whether it is the step's last."""
+        ...
+
+    def after_backward(self) -> None:
+        """After a backward pass that may have added gradients without autograd's hooks."""
         ...
 
     def finish_gradients(self) -> None:
         """After the last backward pass: waits until every rank holds the global sums."""
         ...
 
+    def gradients(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Name, local gradient, and how many ranks of this pipeline stage hold the same one."""
+        ...
+
     def write_back(self) -> None:
         """After an optimiser step or a load: the model computes with the new weights."""
         ...
 
-    def weights(self) -> dict[str, Tensor]:
-        """FP32 masters by parameter name (views or DTensors)."""
+    def weights(self) -> dict[str, Piece]:
+        """FP32 masters by parameter name."""
         ...
 
-    def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Piece]:
         """The optimiser's tensors by `parameter name / state name`."""
         ...
 
@@ -64,22 +82,88 @@ class TrainingState(Protocol):
 class Replicated:
     """Every rank holds everything; gradients are all-reduced in buckets while backward runs."""
 
-    def __init__(self, model: Transformer, axis: Axis, compute_dtype: torch.dtype) -> None:
-        self.master = MasterWeights(model, compute_dtype)
-        self.decayed, self.plain = [self.master.decayed], [self.master.plain]
-        self.loss_scale = 1.0
-        self._axis = axis
-        elements = BUCKET_BYTES // self.master.gradients.element_size()
-        self._buckets = self.master.gradients.split(elements)
-        self._bucket_size = elements
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        held: dict[str, Held],
+        mesh: Mesh,
+        dtype: torch.dtype,
+    ) -> None:
+        self._held = held
+        self._sums: list[_Sum] = []
+        for axis in ("stage", "data", "expert_data"):
+            own = {name: p for name, p in parameters.items() if held[name].reduce == axis}
+            if own:
+                self._sums.append(_Sum(MasterWeights(own, dtype), mesh[axis]))
+        self.decayed = [s.master.decayed for s in self._sums if s.master.decayed.numel()]
+        self.plain = [s.master.plain for s in self._sums if s.master.plain.numel()]
+        # With pipelining a parameter's last gradient is known only when the schedule has ended.
+        self._overlaps = mesh.layout.pp == 1
+
+    def start_step(self) -> None:
+        for each in self._sums:
+            each.master.start_step()
+
+    def before_backward(self, is_last: bool) -> None:
+        for each in self._sums:
+            each.before_backward(is_last and self._overlaps)
+
+    def after_backward(self) -> None:
+        for each in self._sums:
+            each.master.collect()
+
+    def finish_gradients(self) -> None:
+        for each in self._sums:
+            each.start_rest()
+        for each in self._sums:
+            each.wait()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor, int]]:
+        for each in self._sums:
+            views = each.master.named(
+                cast(Tensor, each.master.decayed.grad), cast(Tensor, each.master.plain.grad)
+            )
+            for name, view in views.items():
+                yield name, view, each.axis.size
+
+    def write_back(self) -> None:
+        for each in self._sums:
+            each.master.write_back()
+
+    def weights(self) -> dict[str, Piece]:
+        return {
+            name: Piece(view, self._held[name].box)
+            for each in self._sums
+            for name, view in each.master.named(
+                each.master.decayed.detach(), each.master.plain.detach()
+            ).items()
+        }
+
+    def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Piece]:
+        pieces = {}
+        for each in self._sums:
+            m = each.master
+            state = {p: optimizer.state[p] for p in (m.decayed, m.plain) if p.numel()}
+            keys = [k for k, v in next(iter(state.values())).items() if v.dim()]
+            for key in keys:
+                flat = [state[p][key] if p in state else p.detach() for p in (m.decayed, m.plain)]
+                for name, view in m.named(*flat).items():
+                    pieces[f"{name}/{key}"] = Piece(view, self._held[name].box)
+        return pieces
+
+
+class _Sum:
+    """Masters whose gradients are summed over one axis, and the buckets in which they travel."""
+
+    def __init__(self, master: MasterWeights, axis: Axis) -> None:
+        self.master, self.axis = master, axis
+        self._bucket_size = BUCKET_BYTES // master.gradients.element_size()
+        self._buckets = master.gradients.split(self._bucket_size)
         self._missing: list[int] = []
         self._works: list[dist.Work | None] = []  # of the buckets that have left
 
-    def start_step(self) -> None:
-        self.master.start_step()
-
-    def before_backward(self, is_last: bool) -> None:
-        self.master.on_gradient = self._arrived if is_last and self._axis.size > 1 else None
+    def before_backward(self, sends: bool) -> None:
+        self.master.on_gradient = self._arrived if sends and self.axis.size > 1 else None
         self._missing = [bucket.numel() for bucket in self._buckets]
         self._works = []
 
@@ -97,91 +181,161 @@ class Replicated:
             self._start_next()
 
     def _start_next(self) -> None:
-        self._works.append(self._axis.start_all_reduce(self._buckets[len(self._works)]))
+        self._works.append(self.axis.start_all_reduce(self._buckets[len(self._works)]))
 
-    def finish_gradients(self) -> None:
+    def start_rest(self) -> None:
         self.master.on_gradient = None
         self.master.clear_missing()
-        if self._axis.size == 1:
-            return
         # A parameter without a gradient holds its bucket back, and those behind it, until here.
-        while len(self._works) < len(self._buckets):
+        while self.axis.size > 1 and len(self._works) < len(self._buckets):
             self._start_next()
+
+    def wait(self) -> None:
         for work in self._works:
-            assert work is not None
-            work.wait()
-
-    def write_back(self) -> None:
-        self.master.write_back()
-
-    def weights(self) -> dict[str, Tensor]:
-        return self.master.named(self.master.decayed.detach(), self.master.plain.detach())
-
-    def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        state = [optimizer.state[p] for p in (self.master.decayed, self.master.plain)]
-        keys = [key for key, value in state[0].items() if value.dim()]
-        return {
-            f"{name}/{key}": view
-            for key in keys
-            for name, view in self.master.named(state[0][key], state[1][key]).items()
-        }
+            if work is not None:
+                work.wait()
+        self._works = []
 
 
 class Sharded:
     """FSDP2: weights, gradients and moments live in shards; each block gathers its own to compute."""
 
-    def __init__(self, model: Transformer, mesh: Mesh, compute_dtype: torch.dtype) -> None:
-        assert mesh.device_mesh is not None
-        shards = mesh.device_mesh if mesh.device_mesh.size(0) > 1 else mesh.device_mesh["dp_shard"]
-        # Inputs keep their type: rounding the rotary tables to BF16 would move every position.
-        policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
-        for block in (*model.layers, *model.mtp):
-            fully_shard(block, mesh=shards, mp_policy=policy)
-        fully_shard(model, mesh=shards, mp_policy=policy)
-        self._model: Any = model
-        self._named = dict(model.named_parameters())
-        self.decayed = [p for p in self._named.values() if p.dim() >= 2]
-        self.plain = [p for p in self._named.values() if p.dim() < 2]
-        self.loss_scale = float(mesh.data.size)
+    def __init__(self, parts: list[nn.Module], held: dict[str, Held], mesh: Mesh, dtype: torch.dtype) -> None:
+        self._layout = mesh.layout
+        self._wrap(parts, mesh, dtype)
+        self._roots = [cast(FSDPModule, part) for part in parts]
+        self._modules = [m for part in parts for m in part.modules() if isinstance(m, FSDPModule)]
+        self._named: dict[str, nn.Parameter] = {n: p for part in parts for n, p in part.named_parameters()}
+        self._pieces = {n: Piece(*local_part(p, held[n])) for n, p in self._named.items()}
+        # Plain tensors over the shards' memory: an optimiser need not know of meshes.
+        self._locals = {n: nn.Parameter(piece.tensor) for n, piece in self._pieces.items()}
+        filled = [p for p in self._locals.values() if p.numel()]
+        self.decayed = [p for p in filled if p.dim() >= 2]
+        self.plain = [p for p in filled if p.dim() < 2]
+        rest = {"stage": "replicas", "data": "dp_replicate", "expert_data": "dp_replicate"}
+        self._rest = {n: mesh[rest[held[n].reduce]] for n in self._named}
+
+    @staticmethod
+    def _wrap(parts: list[nn.Module], mesh: Mesh, dtype: torch.dtype) -> None:
+        layout = mesh.layout
+        options: dict[str, Any] = {
+            # Inputs keep their type: rounding the rotary tables to BF16 would move every position.
+            "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+            "reshard_after_forward": layout.zero == 3,
+        }
+        shards = mesh.device_mesh("fsdp")
+        experts = mesh.device_mesh("expert_shard") if layout.ep > 1 else shards
+
+        def wrap(module: nn.Module, device_mesh: Any, axis: Axis, **more: Any) -> None:
+            wrapped = cast(Any, fully_shard(module, mesh=device_mesh, **options, **more))
+            wrapped.set_custom_all_gather(CountedGather(axis))
+            wrapped.set_custom_reduce_scatter(CountedSum(axis))
+
+        for part in parts:
+            units = [m for m in part.modules() if isinstance(m, Block | MTPBlock)]
+            inside = {id(m.block) for m in units if isinstance(m, MTPBlock)}
+            for unit in units:
+                if id(unit) in inside:
+                    continue
+                if layout.ep > 1:
+                    for module in [m for m in unit.modules() if isinstance(m, GroupedExperts)]:
+                        placement = _expert_placement(mesh["expert_shard"].size)
+                        wrap(module, experts, mesh["expert_shard"], shard_placement_fn=placement)
+                wrap(unit, shards, mesh["fsdp"])
+            wrap(part, shards, mesh["fsdp"])
 
     def start_step(self) -> None:
-        for parameter in self._named.values():
+        for name, parameter in self._named.items():
             parameter.grad = None
+            self._locals[name].grad = None
 
     def before_backward(self, is_last: bool) -> None:
-        self._model.set_is_last_backward(is_last)
-        self._model.set_requires_gradient_sync(is_last)
+        once = self._layout.zero == 1
+        for root in self._roots:
+            root.set_is_last_backward(is_last)
+            root.set_requires_gradient_sync(is_last or not once)
+            if self._layout.zero < 3:  # weights stay gathered from one micro-batch to the next
+                root.set_reshard_after_backward(is_last)
+
+    def after_backward(self) -> None:
+        """FSDP2 collects by itself."""
 
     def finish_gradients(self) -> None:
-        """FSDP2 waits by itself."""
+        for name, local in self._locals.items():
+            grad = cast(Any, self._named[name].grad)
+            local.grad = torch.zeros_like(local) if grad is None else grad.to_local()
+        for axis in {id(a): a for a in self._rest.values() if a.size > 1}.values():
+            same = [cast(Tensor, p.grad) for n, p in self._locals.items() if self._rest[n] is axis]
+            sum_in_buckets(same, axis)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor, int]]:
+        for name, local in self._locals.items():
+            yield name, cast(Tensor, local.grad), self._rest[name].size
 
     def write_back(self) -> None:
         """FSDP2 gathers from the masters at the next forward pass."""
+        for module in self._modules:
+            module.reshard()
 
-    def weights(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self._named.items()}
+    def weights(self) -> dict[str, Piece]:
+        return self._pieces
 
-    def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Piece]:
         return {
-            f"{name}/{key}": value
-            for name, p in self._named.items()
-            for key, value in optimizer.state[p].items()
+            f"{name}/{key}": Piece(value, self._pieces[name].box)
+            for name, local in self._locals.items()
+            for key, value in optimizer.state[local].items()
             if value.dim()
         }
 
 
-def spread(model: Transformer, layout: Layout, mesh: Mesh) -> TrainingState:
-    """Puts an initialised model under a layout's data parallelism and precision."""
-    dtype = _DTYPES[layout.precision]
-    if layout.dp_shard > 1:
-        return Sharded(model, mesh, dtype)
-    return Replicated(model, mesh.data, dtype)
+def _expert_placement(size: int) -> Any:
+    """Shards whole experts where their number allows, else their hidden dimension if that divides."""
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        dim = 1 if parameter.dim() == 3 else 3  # D of down [E, D, I] and of gate_up [E, 2, I, D]
+        uneven = parameter.shape[0] % size != 0
+        return Shard(dim) if uneven and parameter.shape[dim] % size == 0 else None
+
+    return place
 
 
-def clip_gradients(state: TrainingState, max_norm: float) -> Tensor:
-    """Scales all gradients so that their global 2-norm is at most `max_norm`; returns the norm."""
-    parameters = [*state.decayed, *state.plain]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+def sum_in_buckets(tensors: list[Tensor], axis: Axis) -> None:
+    """Sums tensors in place over an axis, a few together."""
+    bucket: list[Tensor] = []
+    started: list[tuple[dist.Work | None, Tensor, list[Tensor]]] = []
+    for i, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        if sum(t.nbytes for t in bucket) >= BUCKET_BYTES or i == len(tensors) - 1:
+            flat = torch.cat([t.flatten() for t in bucket])
+            started.append((axis.start_all_reduce(flat), flat, bucket))
+            bucket = []
+    for work, flat, members in started:
+        if work is not None:
+            work.wait()
+        for tensor, total in zip(members, flat.split([t.numel() for t in members]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+def make_state(
+    parts: list[nn.Module], held: dict[str, Held], layout: Layout, mesh: Mesh, dtype: torch.dtype
+) -> TrainingState:
+    """The training state of materialised model parts under a layout's data parallelism."""
+    if layout.fsdp > 1:
+        return Sharded(parts, held, mesh, dtype)
+    return Replicated({n: p for part in parts for n, p in part.named_parameters()}, held, mesh, dtype)
+
+
+def clip_gradients(state: TrainingState, max_norm: float, mesh: Mesh, copies: frozenset[str]) -> Tensor:
+    """Scales all gradients so that their global 2-norm is at most `max_norm`; returns the norm.
+
+    Each rank adds the squares of what it holds, over the number of ranks that hold the same; one sum
+    over the world is then right for any mix of axes. `copies`: weights that two stages hold.
+    """
+    names, gradients, holders = zip(*state.gradients(), strict=True)
+    shares = [1 / (n * (1 + (name in copies))) for name, n in zip(names, holders, strict=True)]
+    squares = torch.stack(torch._foreach_norm(gradients)).double().square()
+    square = squares @ torch.tensor(shares, dtype=torch.float64, device=squares.device)
+    norm = mesh.world.all_reduce(square).sqrt().float()
+    torch.nn.utils.clip_grads_with_norm_([*state.decayed, *state.plain], max_norm, norm)
     return norm

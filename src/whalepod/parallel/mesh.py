@@ -1,4 +1,8 @@
-"""The one place that starts processes' groups: from a Layout to the axes of a device mesh."""
+"""The one place that starts processes' groups: from a Layout to this process's axes.
+
+Which ranks belong together is the Layout's to say (`Layout.group`); here a process group is made
+for every set of ranks that this process is in, once, however many names it goes by.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +11,43 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from whalepod.parallel.comm import Axis, Traffic
-from whalepod.spec.layout import Layout
+from whalepod.spec.layout import GROUPS, Layout
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place: device, torch's mesh (None alone), and the data-parallel axis.
-
-    `data` spans dp_replicate x dp_shard: every rank of it reads other sequences.
-    """
+    """This process's place: its device, its layout, and an Axis for every name in `GROUPS`."""
 
     device: torch.device
-    data: Axis
-    device_mesh: DeviceMesh | None = None
+    layout: Layout
+    axes: dict[str, Axis]
     traffic: Traffic = field(default_factory=Traffic)
+
+    def __getitem__(self, name: str) -> Axis:
+        return self.axes[name]
+
+    @property
+    def world(self) -> Axis:
+        return self.axes["world"]
 
     @property
     def is_first(self) -> bool:
-        return self.data.rank == 0
+        return self.world.rank == 0
+
+    def device_mesh(self, name: str) -> DeviceMesh:
+        """One of the axes as torch's own one-dimensional mesh, as FSDP2 takes it."""
+        ranks = self.layout.group(name, self.world.rank)
+        group: Any = self.axes[name].group
+        if group is None:  # a mesh needs one even alone
+            group = dist.new_group(ranks, use_local_synchronization=True)
+        return DeviceMesh.from_group(group, self.device.type, mesh=ranks, mesh_dim_names=(name,))
 
 
 def world_size() -> int:
@@ -57,19 +74,29 @@ def open_mesh(layout: Layout, device: torch.device) -> Iterator[Mesh]:
     layout.check_devices(world_size())
     traffic = Traffic()
     if layout.num_devices == 1:
-        yield Mesh(device, Axis("dp", traffic=traffic), traffic=traffic)
+        yield Mesh(device, layout, {name: Axis(name, traffic=traffic) for name in GROUPS}, traffic)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        names = ("dp_replicate", "dp_shard")
-        device_mesh = init_device_mesh(
-            device.type, (layout.dp_replicate, layout.dp_shard), mesh_dim_names=names
-        )
-        data = Axis("dp", dist.get_world_size(), dist.get_rank(), dist.group.WORLD, traffic)
-        yield Mesh(device, data, device_mesh, traffic)
+        yield Mesh(device, layout, _axes(layout, traffic), traffic)
     finally:
         dist.destroy_process_group()
         # FSDP2's modules hold groups in reference cycles; gloo's threads must end before the process.
         gc.collect()
+
+
+def _axes(layout: Layout, traffic: Traffic) -> dict[str, Axis]:
+    rank = dist.get_rank()
+    made: dict[tuple[int, ...], Any] = {}
+    everyone = tuple(range(dist.get_world_size()))
+    made[everyone] = dist.group.WORLD
+    axes = {}
+    for name in GROUPS:
+        ranks = tuple(layout.group(name, rank))
+        if len(ranks) > 1 and ranks not in made:
+            # Only its members make a group: thousands of ranks need not hear of every pair.
+            made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+        axes[name] = Axis(name, len(ranks), ranks.index(rank), made.get(ranks), traffic)
+    return axes

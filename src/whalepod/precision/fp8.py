@@ -96,6 +96,25 @@ def dequantize_blocks(
     return w
 
 
+def quantize_tiles(x: Tensor, tile: int = 128) -> tuple[Tensor, Tensor]:
+    """E4M3 values of activations `x` [T, D], and their scales in float32 [T, D / tile] (V3, section 3.3.2).
+
+    D must be a multiple of `tile`. The rule is that of `quantize_blocks`, without its check: that would
+    make the host wait for the device, and a broken activation has to show in the loss, as NaN.
+    """
+    tiles = x.float().unflatten(-1, (-1, tile))
+    largest = tiles.abs().amax(-1)
+    scale = (largest / FP8_MAX).clamp_min(_SMALLEST_SCALE).masked_fill(largest == 0, 1.0)
+    scaled = (tiles / scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX)
+    return scaled.to(FP8).flatten(-2), scale
+
+
+def dequantize_tiles(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` [T, D] times their tiles' scales [T, D / 128]; made in float32, then rounded to `dtype`."""
+    tiles = values.float().unflatten(-1, (scale.shape[-1], -1))
+    return (tiles * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
 def _chunks(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same few matrices of each [..., rows, columns], as views, until all have come."""
     flat = [s.flatten(0, -3) if s.dim() > 2 else s.unsqueeze(0) for s in stacks]

@@ -1,8 +1,8 @@
-"""Mixed precision for a whole model on one device: BF16 to compute with, FP32 to remember.
+"""Mixed precision for parameters on one device: BF16 to compute with, FP32 to remember.
 
 Weights in BF16 have 8 bits of mantissa, so an update below 1/256 of a weight is lost; DeepSeek-V3
 (section 3.3.2) therefore keeps master weights and accumulated gradients in FP32. `MasterWeights`
-turns a model's parameters into BF16 copies of FP32 masters and collects each gradient, as soon as
+turns parameters into BF16 copies of FP32 masters and collects each gradient, as soon as
 autograd has finished it, into an FP32 sum. Masters and sums are flat buffers (one tensor each, the
 parameters are views), so that the optimiser, the norm and a reduction over replicas each touch
 one long tensor instead of hundreds of short ones.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class MasterWeights:
-    """FP32 masters and gradient sums of `model`, which computes in `compute_dtype` from now on.
+    """FP32 masters and gradient sums of `parameters`, which are of `compute_dtype` from now on.
 
     `decayed` and `plain` are the two flat parameters for an optimiser: matrices, and vectors
     (norms, biases), whose `.grad` is the accumulated gradient. `on_gradient(offset, size)` is
@@ -28,8 +28,8 @@ class MasterWeights:
     roughly from its start to its end.
     """
 
-    def __init__(self, model: nn.Module, compute_dtype: torch.dtype) -> None:
-        named = list(reversed(list(model.named_parameters())))
+    def __init__(self, parameters: dict[str, nn.Parameter], compute_dtype: torch.dtype) -> None:
+        named = list(reversed(parameters.items()))
         named.sort(key=lambda item: item[1].dim() < 2)
         device = named[0][1].device
         total = sum(p.numel() for _, p in named)
@@ -40,6 +40,8 @@ class MasterWeights:
         self.plain = self._part(num_decayed, total)
         self.offsets: dict[str, tuple[int, torch.Size]] = {}
         self.on_gradient: Callable[[int, int], None] | None = None
+        self._parameters = [parameter for _, parameter in named]
+        self._collectors: list[Callable[[Tensor], None]] = []
         self._copies: list[Tensor] = []
         self._masters: list[Tensor] = []
         self._first = [True] * len(named)
@@ -53,7 +55,8 @@ class MasterWeights:
             parameter.data = master.to(compute_dtype)
             self._copies.append(parameter.data)
             self._masters.append(master)
-            parameter.register_post_accumulate_grad_hook(self._collector(index, offset, size))
+            self._collectors.append(self._collector(index, offset, size))
+            parameter.register_post_accumulate_grad_hook(self._collectors[-1])
             offset += size
 
     def _part(self, start: int, end: int) -> nn.Parameter:
@@ -78,6 +81,12 @@ class MasterWeights:
                 self.on_gradient(offset, size)
 
         return collect
+
+    def collect(self) -> None:
+        """Takes gradients that came without autograd's hook: pipelines add weight gradients by hand."""
+        for parameter, collect in zip(self._parameters, self._collectors, strict=True):
+            if parameter.grad is not None:
+                collect(parameter)
 
     def start_step(self) -> None:
         """Forgets the gradients of the last step."""

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from whalepod.spec.errors import UserError, nearest
-from whalepod.spec.layout import Layout, Precision
+from whalepod.spec.layout import Exchange, Layout, Precision, Recompute, Schedule, Wire
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.presets import load_model_spec
 
@@ -24,8 +24,20 @@ class _Section(BaseModel):
 class LayoutConfig(_Section):
     """The fields of `Layout`; see there."""
 
+    pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    zero: Literal[1, 2, 3] = 3
+    schedule: Schedule = "1f1b"
+    stages_per_rank: int | None = None
+    stage_layers: tuple[int, ...] | None = None
+    recompute: Recompute = "none"
+    exchange: Exchange = "flat"
+    wire: Wire = "bf16"
+    devices_per_node: int = 8
     micro_batch: int = 8
     global_batch: int = 16
     precision: Precision = "bf16"

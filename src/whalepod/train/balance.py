@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from whalepod.models.moe import routers
-from whalepod.parallel.comm import Axis
+from whalepod.models.moe import Router
+from whalepod.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -23,26 +22,29 @@ class Load:
     mean: float
 
 
-def set_balance_weight(model: nn.Module, alpha: float, sequences: float) -> None:
+def set_balance_weight(routers: list[Router], alpha: float, sequences: float) -> None:
     """Gives the sequence-wise balance loss weight alpha, as a mean over `sequences`."""
-    for router in routers(model):
+    for router in routers:
         router.balance_weight = alpha / sequences
 
 
 @torch.no_grad()
-def balance_step(model: nn.Module, speed: float, data: Axis) -> Load | None:
+def balance_step(routers: list[Router], speed: float, mesh: Mesh) -> Load | None:
     """Moves the selection biases by one step of `speed` (gamma) and clears the counted loads.
 
-    Returns None for a model without experts.
+    `routers` are this rank's. Returns None for a model without experts.
     """
-    found = routers(model)
-    if not found:
+    over: list[float] = []
+    if routers:
+        loads = mesh["stage"].all_reduce(torch.stack([router.load for router in routers]))
+        mean = loads.mean(dim=1, keepdim=True)
+        over = (loads.amax(dim=1) / mean.squeeze(1).clamp_min(1)).tolist()
+        for router, direction in zip(routers, (mean - loads).sign(), strict=True):
+            if (bias := router.e_score_correction_bias) is not None:
+                bias += speed * direction
+            router.load.zero_()
+    stages = mesh["pp"].all_gather_floats([max(over, default=0.0), sum(over), len(over)])
+    layers = sum(count for _, _, count in stages)
+    if not layers:
         return None
-    loads = data.all_reduce(torch.stack([router.load for router in found]))
-    mean = loads.mean(dim=1, keepdim=True)
-    over = (loads.amax(dim=1) / mean.squeeze(1).clamp_min(1)).tolist()
-    for router, direction in zip(found, (mean - loads).sign(), strict=True):
-        if (bias := router.e_score_correction_bias) is not None:
-            bias += speed * direction
-        router.load.zero_()
-    return Load(worst=max(over), mean=sum(over) / len(over))
+    return Load(worst=max(worst for worst, _, _ in stages), mean=sum(s for _, s, _ in stages) / layers)

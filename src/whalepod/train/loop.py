@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whalepod.models.transformer import Losses, Transformer, init_weights
+from whalepod.models.transformer import Transformer
 from whalepod.parallel import checkpoint
 from whalepod.parallel.checkpoint import Progress
-from whalepod.parallel.data import TrainingState, clip_gradients, spread
+from whalepod.parallel.data import TrainingState, clip_gradients
 from whalepod.parallel.mesh import Mesh, local_device, open_mesh
+from whalepod.parallel.parallelize import Parallel, parallelize
 from whalepod.spec.counts import train_flops
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
@@ -70,53 +71,40 @@ class Trainer:
         self.extra = 1 + spec.num_nextn_predict_layers
         self.data = PackedTokens(files.train.path, length, config.train.seed, self.extra)
         self._files = files
-        model = Transformer(spec).to(mesh.device)
-        init_weights(model, config.train.seed)
-        self.model = model.train()
-        self.state: TrainingState = spread(model, self.layout, mesh)
+        with torch.device("meta"):
+            model = Transformer(spec)
+        self.parallel: Parallel = parallelize(model, mesh, config.train.seed)
+        self.parallel.train()
+        self.state: TrainingState = self.parallel.state
         self.optimizer = _adamw(self.state, config)
-        set_balance_weight(
-            model, config.loss.sequence_balance, self.layout.global_batch / self.state.loss_scale
-        )
+        set_balance_weight(self.parallel.routers, config.loss.sequence_balance, self.layout.global_batch)
 
     def restore(self) -> None:
         """Takes up the newest whole checkpoint of the run's folder, if there is one."""
         folder = self.folder / "checkpoints"
         if saved := checkpoint.steps_saved(folder):
             path = checkpoint.path_of(folder, saved[-1])
-            self.progress = checkpoint.load(path, self.model, self.state, self.optimizer, self.mesh.data)
+            self.progress = checkpoint.load(path, self.parallel, self.optimizer)
 
     def save(self) -> None:
         checkpoint.save(
             self.folder / "checkpoints",
             self.progress,
-            self.model,
-            self.state,
+            self.parallel,
             self.optimizer,
-            self.mesh.data,
             self.config.train.keep_checkpoints,
         )
 
     def step(self) -> tuple[Tensor, Tensor, float]:
         """One optimiser step. Returns the global sums of main and MTP loss per token, and the norm."""
-        config, layout, axis = self.config, self.layout, self.mesh.data
-        length = config.data.sequence_length
+        config, layout, dp = self.config, self.layout, self.mesh["dp"]
         rows = torch.from_numpy(
-            self.data.batch(self.progress.step, layout.global_batch, axis.rank, axis.size)
+            self.data.batch(self.progress.step, layout.global_batch, dp.rank, dp.size)
         ).to(self.mesh.device)
-        tokens_in_step = layout.global_batch * length
-        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        self.state.start_step()
-        micro_batches = rows.split(layout.micro_batch)
-        for index, micro in enumerate(micro_batches):
-            losses = self.model(micro[:, :length], micro[:, 1:])
-            main, mtp = _mean_losses(losses, tokens_in_step)
-            self.state.before_backward(index == len(micro_batches) - 1)
-            ((main + config.loss.mtp_weight * mtp) * self.state.loss_scale).backward()
-            sums += torch.stack((main.detach(), mtp.detach()))
-        self.state.finish_gradients()
-        norm = float(clip_gradients(self.state, config.optimizer.clip_norm))
-        axis.all_reduce(sums)
+        tokens_in_step = layout.global_batch * config.data.sequence_length
+        sums = self.parallel.backward(rows, tokens_in_step, config.loss.mtp_weight)
+        norm = float(clip_gradients(self.state, config.optimizer.clip_norm, self.mesh, self.parallel.copies))
+        sums = self.parallel.total(sums)
         if math.isfinite(norm):
             rate = learning_rate(self.progress.step, config.train.steps, config.optimizer, config.schedule)
             for group in self.optimizer.param_groups:
@@ -139,8 +127,8 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> float | None:
         """Held-out loss in nats per token; None without held-out text."""
-        config, axis = self.config, self.mesh.data
-        length, batch = config.data.sequence_length, self.layout.micro_batch * axis.size
+        config, dp = self.config, self.mesh["dp"]
+        length, batch = config.data.sequence_length, self.layout.micro_batch * dp.size
         if self._files.validation.count < length + self.extra:
             return None
         limit = max(1, config.train.evaluate_sequences // batch)
@@ -150,23 +138,20 @@ class Trainer:
             batch,
             limit,
             extra=self.extra,
-            rank=axis.rank,
-            num_ranks=axis.size,
+            rank=dp.rank,
+            num_ranks=dp.size,
         )
-        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        self.model.eval()
+        total, count = torch.zeros((), dtype=torch.float64, device=self.mesh.device), 0
+        self.parallel.train(False)
         for rows in batches:
-            micro = torch.from_numpy(rows).to(self.mesh.device)
-            losses = self.model(micro[:, :length], micro[:, 1:])
-            sums[0] += losses.main
-            sums[1] += micro.shape[0] * length
-        self.model.train()
-        total, count = axis.all_reduce(sums).tolist()
-        return total / count
+            total += self.parallel.loss(torch.from_numpy(rows).to(self.mesh.device))
+            count += batch * length
+        self.parallel.train()
+        return self.parallel.total(total).item() / count
 
     def run(self, until: int | None = None, quiet: bool = False) -> RunResult:
         """Trains from where the run stands to its last step, or to step `until`."""
-        config, axis = self.config, self.mesh.data
+        config, axis = self.config, self.mesh.world
         end = config.train.steps if until is None else min(until, config.train.steps)
         dtype = torch.bfloat16 if self.layout.precision == "bf16" else torch.float32
         axis.barrier()
@@ -187,7 +172,9 @@ class Trainer:
             while self.progress.step < end:
                 start = time.perf_counter()
                 main, mtp, norm = self.step()
-                load: Load | None = balance_step(self.model, config.loss.bias_update_speed, axis)
+                load: Load | None = balance_step(
+                    self.parallel.routers, config.loss.bias_update_speed, self.mesh
+                )
                 loss = main.item()
                 seconds = time.perf_counter() - start
                 timed.append(seconds)
@@ -251,7 +238,9 @@ class Trainer:
 
     def _state_gib(self) -> float:
         """Weights (masters and copies), gradients and moments that this rank holds between steps."""
-        held = [*self.model.parameters(), *self.model.buffers(), *self.state.decayed, *self.state.plain]
+        held: list[Any] = [*self.state.decayed, *self.state.plain]
+        for part in self.parallel.parts:
+            held += [*part.parameters(), *part.buffers()]
         held += [p.grad for p in (*self.state.decayed, *self.state.plain) if p.grad is not None]
         held += [t for values in self.optimizer.state.values() for t in values.values()]
         storages: dict[int, int] = {}
@@ -269,14 +258,6 @@ def run_rank(config: RunConfig, files: TokenFiles, until: int | None, quiet: boo
         trainer = Trainer(config, config.model_spec(), files, mesh)
         trainer.restore()
         return trainer.run(until, quiet)
-
-
-def _mean_losses(losses: Losses, tokens: int) -> tuple[Tensor, Tensor]:
-    """This rank's parts of the mean next-token loss and of the mean MTP loss over depths."""
-    main = losses.main / tokens
-    if not losses.mtp:
-        return main, torch.zeros_like(main)
-    return main, torch.stack(losses.mtp).mean() / tokens
 
 
 def _adamw(state: TrainingState, config: RunConfig) -> torch.optim.Optimizer:
