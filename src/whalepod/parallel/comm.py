@@ -109,12 +109,12 @@ class Axis:
     def gather_into(self, out: Tensor, tensor: Tensor, async_op: bool = False) -> dist.Work | None:
         """Fills flat `out` with every rank's flat `tensor`."""
         self.traffic.add(self.name, "all_gather", out)
-        return dist.all_gather_into_tensor(out, tensor, group=self.group, async_op=async_op)
+        return dist.all_gather_single(out, tensor, group=self.group, async_op=async_op)
 
     def reduce_scatter_into(self, out: Tensor, tensor: Tensor, async_op: bool = False) -> dist.Work | None:
         """Fills flat `out` with this rank's part of the sum of flat `tensor`."""
         self.traffic.add(self.name, "reduce_scatter", tensor)
-        return dist.reduce_scatter_tensor(out, tensor, group=self.group, async_op=async_op)
+        return dist.reduce_scatter_single(out, tensor, group=self.group, async_op=async_op)
 
     def all_gather_floats(self, values: list[float]) -> list[list[float]]:
         """Every rank's few figures, by rank: for logs."""

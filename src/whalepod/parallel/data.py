@@ -9,7 +9,7 @@ saw other data, what it repeats over the `tp` ranks too, experts over those that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -24,7 +24,6 @@ from whalepod.parallel.comm import Axis, CountedGather, CountedSum
 from whalepod.parallel.mesh import Mesh
 from whalepod.parallel.sharding import Box, Held, local_part
 from whalepod.precision.master import MasterWeights
-from whalepod.spec.layout import Layout
 
 BUCKET_BYTES = 32 * 2**20
 
@@ -97,16 +96,14 @@ class Replicated:
                 self._sums.append(_Sum(MasterWeights(own, dtype), mesh[axis]))
         self.decayed = [s.master.decayed for s in self._sums if s.master.decayed.numel()]
         self.plain = [s.master.plain for s in self._sums if s.master.plain.numel()]
-        # With pipelining a parameter's last gradient is known only when the schedule has ended.
-        self._overlaps = mesh.layout.pp == 1
 
     def start_step(self) -> None:
         for each in self._sums:
-            each.master.start_step()
+            each.start_step()
 
     def before_backward(self, is_last: bool) -> None:
-        for each in self._sums:
-            each.before_backward(is_last and self._overlaps)
+        for each in self._sums if is_last else ():
+            each.send_as_they_come()
 
     def after_backward(self) -> None:
         for each in self._sums:
@@ -162,10 +159,15 @@ class _Sum:
         self._missing: list[int] = []
         self._works: list[dist.Work | None] = []  # of the buckets that have left
 
-    def before_backward(self, sends: bool) -> None:
-        self.master.on_gradient = self._arrived if sends and self.axis.size > 1 else None
+    def start_step(self) -> None:
+        self.master.start_step()
+        self.master.on_gradient = None
         self._missing = [bucket.numel() for bucket in self._buckets]
         self._works = []
+
+    def send_as_they_come(self) -> None:
+        """Lets buckets leave during the backward pass that begins now, the step's last."""
+        self.master.on_gradient = self._arrived if self.axis.size > 1 else None
 
     def _arrived(self, offset: int, size: int) -> None:
         # A parameter may straddle buckets; each bucket leaves when all its elements are final.
@@ -200,12 +202,19 @@ class _Sum:
 class Sharded:
     """FSDP2: weights, gradients and moments live in shards; each block gathers its own to compute."""
 
-    def __init__(self, parts: list[nn.Module], held: dict[str, Held], mesh: Mesh, dtype: torch.dtype) -> None:
+    def __init__(
+        self, parts: Sequence[nn.Module], held: dict[str, Held], mesh: Mesh, dtype: torch.dtype
+    ) -> None:
         self._layout = mesh.layout
         self._wrap(parts, mesh, dtype)
         self._roots = [cast(FSDPModule, part) for part in parts]
         self._modules = [m for part in parts for m in part.modules() if isinstance(m, FSDPModule)]
-        self._named: dict[str, nn.Parameter] = {n: p for part in parts for n, p in part.named_parameters()}
+        self._named: dict[str, nn.Parameter] = {}
+        # Where one rank has both ends of a pipeline, the last stage's copy of a weight follows the first's.
+        self._copies: dict[str, nn.Parameter] = {}
+        for part in parts:
+            for name, parameter in part.named_parameters():
+                (self._copies if name in self._named else self._named)[name] = parameter
         self._pieces = {n: Piece(*local_part(p, held[n])) for n, p in self._named.items()}
         # Plain tensors over the shards' memory: an optimiser need not know of meshes.
         self._locals = {n: nn.Parameter(piece.tensor) for n, piece in self._pieces.items()}
@@ -216,7 +225,7 @@ class Sharded:
         self._rest = {n: mesh[rest[held[n].reduce]] for n in self._named}
 
     @staticmethod
-    def _wrap(parts: list[nn.Module], mesh: Mesh, dtype: torch.dtype) -> None:
+    def _wrap(parts: Sequence[nn.Module], mesh: Mesh, dtype: torch.dtype) -> None:
         layout = mesh.layout
         options: dict[str, Any] = {
             # Inputs keep their type: rounding the rotary tables to BF16 would move every position.
@@ -245,9 +254,8 @@ class Sharded:
             wrap(part, shards, mesh["fsdp"])
 
     def start_step(self) -> None:
-        for name, parameter in self._named.items():
+        for parameter in (*self._named.values(), *self._copies.values(), *self._locals.values()):
             parameter.grad = None
-            self._locals[name].grad = None
 
     def before_backward(self, is_last: bool) -> None:
         once = self._layout.zero == 1
@@ -264,6 +272,9 @@ class Sharded:
         for name, local in self._locals.items():
             grad = cast(Any, self._named[name].grad)
             local.grad = torch.zeros_like(local) if grad is None else grad.to_local()
+        for name, parameter in self._copies.items():
+            if (grad := cast(Any, parameter.grad)) is not None:
+                cast(Tensor, self._locals[name].grad).add_(grad.to_local())
         for axis in {id(a): a for a in self._rest.values() if a.size > 1}.values():
             same = [cast(Tensor, p.grad) for n, p in self._locals.items() if self._rest[n] is axis]
             sum_in_buckets(same, axis)
@@ -274,6 +285,8 @@ class Sharded:
 
     def write_back(self) -> None:
         """FSDP2 gathers from the masters at the next forward pass."""
+        for name, parameter in self._copies.items():
+            cast(Any, parameter).to_local().detach().copy_(self._pieces[name].tensor)
         for module in self._modules:
             module.reshard()
 
@@ -318,10 +331,10 @@ def sum_in_buckets(tensors: list[Tensor], axis: Axis) -> None:
 
 
 def make_state(
-    parts: list[nn.Module], held: dict[str, Held], layout: Layout, mesh: Mesh, dtype: torch.dtype
+    parts: Sequence[nn.Module], held: dict[str, Held], mesh: Mesh, dtype: torch.dtype
 ) -> TrainingState:
-    """The training state of materialised model parts under a layout's data parallelism."""
-    if layout.fsdp > 1:
+    """The training state of materialised model parts under the layout's data parallelism."""
+    if mesh.layout.fsdp > 1:
         return Sharded(parts, held, mesh, dtype)
     return Replicated({n: p for part in parts for n, p in part.named_parameters()}, held, mesh, dtype)
 

@@ -72,31 +72,52 @@ def open_mesh(layout: Layout, device: torch.device) -> Iterator[Mesh]:
     another number of processes than the layout needs.
     """
     layout.check_devices(world_size())
-    traffic = Traffic()
     if layout.num_devices == 1:
-        yield Mesh(device, layout, {name: Axis(name, traffic=traffic) for name in GROUPS}, traffic)
+        yield make_mesh(layout, device)
         return
+    with open_world(device):
+        yield make_mesh(layout, device)
+
+
+@contextmanager
+def open_world(device: torch.device) -> Iterator[None]:
+    """The group of all processes that a launcher has started, ended on the way out."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Mesh(device, layout, _axes(layout, traffic), traffic)
+        yield
     finally:
         dist.destroy_process_group()
         # FSDP2's modules hold groups in reference cycles; gloo's threads must end before the process.
         gc.collect()
 
 
-def _axes(layout: Layout, traffic: Traffic) -> dict[str, Axis]:
+Groups = dict[tuple[int, ...], Any]
+
+
+def make_mesh(layout: Layout, device: torch.device, groups: Groups | None = None) -> Mesh:
+    """This process's place in a layout of all processes; within `open_world` unless it is alone.
+
+    Several meshes, one after the other, can share process groups through `groups`.
+    """
+    traffic = Traffic()
+    if layout.num_devices == 1:
+        return Mesh(device, layout, {name: Axis(name, traffic=traffic) for name in GROUPS}, traffic)
+    return Mesh(device, layout, _axes(layout, traffic, {} if groups is None else groups), traffic)
+
+
+def _axes(layout: Layout, traffic: Traffic, made: Groups) -> dict[str, Axis]:
     rank = dist.get_rank()
-    made: dict[tuple[int, ...], Any] = {}
     everyone = tuple(range(dist.get_world_size()))
     made[everyone] = dist.group.WORLD
     axes = {}
     for name in GROUPS:
         ranks = tuple(layout.group(name, rank))
-        if len(ranks) > 1 and ranks not in made:
-            # Only its members make a group: thousands of ranks need not hear of every pair.
+        # Only its members make a group: thousands of ranks need not hear of every pair. But torch names
+        # it after the number of groups that each has made before, which must therefore be the same on
+        # all: ranks between the ends of a pipeline make one of themselves.
+        if ranks not in made and (len(ranks) > 1 or (name == "ends" and layout.pp > 2)):
             made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
         axes[name] = Axis(name, len(ranks), ranks.index(rank), made.get(ranks), traffic)
     return axes

@@ -14,16 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from whalepod.models.attention import Attend
-from whalepod.models.moe import MoELayer, Router
+from whalepod.models.moe import LocalDispatcher, MoELayer, Router
 from whalepod.models.transformer import Losses, Transformer, initial_value, target_windows
 from whalepod.parallel.context import context_attend, positions
-from whalepod.parallel.data import TrainingState, make_state
+from whalepod.parallel.data import TrainingState, make_state, sum_in_buckets
+from whalepod.parallel.exchange import make_dispatcher
 from whalepod.parallel.mesh import Mesh
+from whalepod.parallel.pipeline import Hidden, Pipeline
 from whalepod.parallel.recompute import apply_recompute
 from whalepod.parallel.sharding import Held, shard_parameters
+from whalepod.parallel.stage import Stage, make_stages, shared_parameters, tie_stages
 from whalepod.parallel.tensor import TensorDispatcher, split_tensors
 from whalepod.spec.model import ModelSpec
+from whalepod.spec.schedule import RULES
+from whalepod.spec.stages import split_stages
 
+Part = Transformer  # a whole model, or a Stage of one
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -38,12 +44,10 @@ class Batch(NamedTuple):
 class Parallel:
     """A spread model: its parts (the whole model, or this rank's pipeline stages) and training state."""
 
-    def __init__(
-        self, parts: list[nn.Module], held: dict[str, Held], state: TrainingState, spec: ModelSpec, mesh: Mesh
-    ) -> None:
-        self.parts, self.held, self.state, self.spec, self.mesh = parts, held, state, spec, mesh
+    def __init__(self, parts: list[Part], state: TrainingState, spec: ModelSpec, mesh: Mesh) -> None:
+        self.parts, self.state, self.spec, self.mesh = parts, state, spec, mesh
         self.attend: Attend = context_attend(mesh["cp"])
-        self.copies: frozenset[str] = frozenset()
+        self._pipelines: dict[int, Pipeline] = {}
 
     def train(self, mode: bool = True) -> None:
         for part in self.parts:
@@ -70,39 +74,80 @@ class Parallel:
         tokens: of the global batch, over which losses are means. Leaves gradients summed over all ranks
         in the state, and returns this rank's parts [2] of the mean next-token and mean MTP loss.
         """
-        sums = torch.zeros(2, dtype=torch.float64, device=rows.device)
+        depths = self.spec.num_nextn_predict_layers
+        # The mean over tokens, and of MTP losses over depths too.
+        means = torch.tensor([1.0, *[1 / max(depths, 1)] * depths], device=rows.device) / tokens
+        weights = means * torch.tensor([1.0, *[mtp_weight] * depths], device=rows.device)
         self.state.start_step()
-        micro_batches = rows.split(self.mesh.layout.micro_batch)
-        for index, micro in enumerate(micro_batches):
-            main, mtp = mean_losses(self._losses(micro), tokens)
-            self.state.before_backward(index == len(micro_batches) - 1)
-            (main + mtp_weight * mtp).backward()
-            sums += torch.stack((main.detach(), mtp.detach()))
+        if self.mesh.layout.pp > 1:
+            sums = self._pipeline(rows).step(*self.batch(rows), weights)
+        else:
+            sums = torch.zeros(1 + depths, device=rows.device)
+            micro_batches = rows.split(self.mesh.layout.micro_batch)
+            for index, micro in enumerate(micro_batches):
+                losses = self._losses(micro)
+                self.state.before_backward(index == len(micro_batches) - 1)
+                (losses @ weights).backward()
+                sums += losses.detach()
         self.state.finish_gradients()
-        return sums
+        if self.copies:
+            copies = [g for name, g, _ in self.state.gradients() if name in self.copies]
+            sum_in_buckets(copies, self.mesh["ends"])
+        parts = sums.double() * means
+        return torch.stack((parts[0], parts[1:].sum()))
 
+    @torch.no_grad()
     def loss(self, rows: Tensor) -> Tensor:
         """This rank's part of the summed next-token loss of some sequences, without gradient."""
-        with torch.no_grad():
-            return self._losses(rows).main
+        if self.mesh.layout.pp > 1:
+            return self._pipeline(rows).evaluate(*self.batch(rows))[0]
+        return self._losses(rows)[0]
 
     def total(self, parts: Tensor) -> Tensor:
         """Sums what ranks returned as their parts of a loss. The ranks of `tp` all hold the same part."""
         return self.mesh.world.all_reduce(parts / self.mesh["tp"].size)
 
-    def _losses(self, rows: Tensor) -> Losses:
-        batch = self.batch(rows)
-        return self.parts[0](*batch, self.attend)
+    @property
+    def copies(self) -> frozenset[str]:
+        """Names of weights of which two pipeline ranks, this one and another, hold a copy each."""
+        if self.mesh["ends"].size == 1 or RULES[self.mesh.layout.schedule].placement == "v":
+            return frozenset()
+        return frozenset(shared_parameters(self.spec))
+
+    def _losses(self, rows: Tensor) -> Tensor:
+        """Summed losses [1 + MTP depths] of a whole model."""
+        losses: Losses = self.parts[0](*self.batch(rows), self.attend)
+        return torch.stack((losses.main, *losses.mtp))
+
+    def _pipeline(self, rows: Tensor) -> Pipeline:
+        """The schedule's runner for sequences as long as these."""
+        layout, depths = self.mesh.layout, self.spec.num_nextn_predict_layers
+        length = (rows.shape[1] - 1 - depths) // (layout.cp * layout.tp)
+        if length not in self._pipelines:
+            self._pipelines[length] = Pipeline(
+                [part for part in self.parts if isinstance(part, Stage)],
+                layout.schedule,
+                layout.accumulation_steps,
+                self.mesh["pp"],
+                Hidden(layout.micro_batch, length, DTYPES[layout.precision]),
+                self.mesh.device,
+                lambda stage: self.state.after_backward(),
+            )
+        return self._pipelines[length]
 
 
-def parallelize(model: Transformer, mesh: Mesh, seed: int | None = None) -> Parallel:
+def parallelize(model: Transformer, mesh: Mesh, sequence_length: int, seed: int | None = None) -> Parallel:
     """Spreads `model` by the mesh's layout. It must not be used on its own afterwards.
 
-    The layout must fit the model (`Layout.check_model`). With `seed`, a model on the meta device is
+    The layout must fit the model (`Layout.check_model`) and sequences of `sequence_length`, for which
+    pipeline stages are balanced. With `seed`, a model on the meta device is
     materialised with its initial values; without, its parameters are taken as they are.
     """
     layout = mesh.layout
-    parts: list[nn.Module] = [model]
+    parts: list[Part] = [model]
+    if layout.pp > 1:
+        split = split_stages(model.spec, layout.num_stages, sequence_length, layout.stage_layers)
+        parts = [*make_stages(model, split, layout.schedule, mesh["pp"], context_attend(mesh["cp"]))]
     held: dict[str, Held] = {}
     for part in parts:
         held |= shard_parameters(part, mesh)
@@ -111,16 +156,24 @@ def parallelize(model: Transformer, mesh: Mesh, seed: int | None = None) -> Para
         apply_recompute(part, layout.recompute, mesh.traffic)
         if seed is not None:
             fill(part, held, model.spec, seed, mesh.device)
-    state = make_state(parts, held, layout, mesh, DTYPES[layout.precision])
-    return Parallel(parts, held, state, model.spec, mesh)
+    if layout.pp > 1 and layout.fsdp == 1:
+        tie_stages([part for part in parts if isinstance(part, Stage)])
+    state = make_state(parts, held, mesh, DTYPES[layout.precision])
+    return Parallel(parts, state, model.spec, mesh)
 
 
 def _spread_experts(part: nn.Module, mesh: Mesh) -> None:
+    layout = mesh.layout
+    if layout.ep > 1:
+        dispatcher = make_dispatcher(layout, mesh)
+    elif layout.tp > 1:
+        dispatcher = TensorDispatcher(mesh["tp"])
+    else:
+        dispatcher = LocalDispatcher()
     for module in part.modules():
         if not isinstance(module, MoELayer):
             continue
-        if mesh["tp"].size > 1:
-            module.dispatcher = TensorDispatcher(mesh["tp"])
+        module.dispatcher = dispatcher
         if mesh["sequence"].size > 1:
             module.gate.sum_counts = mesh["sequence"].sum
 
@@ -146,11 +199,3 @@ def fill(part: nn.Module, held: dict[str, Held], spec: ModelSpec, seed: int, dev
             if buffer is not None:
                 module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
     del old
-
-
-def mean_losses(losses: Losses, tokens: int) -> tuple[Tensor, Tensor]:
-    """A rank's parts of the mean next-token loss and of the mean MTP loss over depths."""
-    main = losses.main / tokens
-    if not losses.mtp:
-        return main, torch.zeros_like(main)
-    return main, torch.stack(losses.mtp).mean() / tokens

@@ -8,8 +8,7 @@ too, but its output is many times its input: 512 numbers become 32,768 in the ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from whalepod.models.attention import MLAttention
-from whalepod.models.moe import routers
+from whalepod.models.moe import Router, routers
 from whalepod.models.transformer import Block
 from whalepod.parallel.comm import SAVED_BY_RECOMPUTE, Traffic
 from whalepod.spec.layout import Recompute
@@ -44,37 +43,66 @@ def apply_recompute(part: nn.Module, policy: Recompute, traffic: Traffic) -> Non
     if policy == "none":
         return
     for block in [m for m in part.modules() if isinstance(m, Block)]:
-        context = _Selective(block, traffic) if policy == "selective" else _Full(block)
+        found = routers(block)
+        contexts = _Selective(block, found, traffic) if policy == "selective" else partial(_full, found)
         block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=context
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
         )
 
 
-class _Full:
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
+def _full(found: list[Router]) -> Contexts:
     """Contexts of the first pass and of the repeated one."""
+    return nullcontext(), _Repeat(found)
 
-    def __init__(self, block: Block) -> None:
-        self._routers = routers(block)
 
-    def __call__(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return _nothing(), self._uncounted()
+class _Repeat(AbstractContextManager[None]):
+    """A repeated pass: the picks of experts were counted in the first.
 
-    @contextmanager
-    def _uncounted(self) -> Iterator[None]:
-        """The expert loads of a repeated pass were counted in the first."""
+    It may be entered again: zero-bubble schedules go back twice, for inputs and for weights.
+    """
+
+    def __init__(self, found: list[Router]) -> None:
+        self._routers = found
+
+    def __enter__(self) -> None:
         for router in self._routers:
             router.counts_load = False
-        try:
-            yield
-        finally:
-            for router in self._routers:
-                router.counts_load = True
+
+    def __exit__(self, *_: object) -> None:
+        for router in self._routers:
+            router.counts_load = True
 
 
-class _Selective(_Full):
-    def __init__(self, block: Block, traffic: Traffic) -> None:
-        super().__init__(block)
-        self._traffic = traffic
+class _Replay(_Repeat):
+    """A repeated pass in which what was kept is not computed, nor sent, again."""
+
+    def __init__(self, found: list[Router], again: Any, traffic: Traffic) -> None:
+        super().__init__(found)
+        self._again, self._traffic = again, traffic
+        self._kept: dict[Any, dict[Any, Any]] = {}
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._traffic.paused = True
+        # torch forgets each result as it is used, which would do for one pass back only.
+        self._kept = {op: dict(results) for op, results in self._again.storage.items()}
+        self._again.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._again.__exit__(*error)
+        self._again.storage.update(self._kept)
+        self._traffic.paused = False
+        super().__exit__()
+
+
+class _Selective:
+    """Makes the contexts of one block."""
+
+    def __init__(self, block: Block, found: list[Router], traffic: Traffic) -> None:
+        self._routers, self._traffic = found, traffic
         self._in_up_projection = False
         if isinstance(attention := block.self_attn, MLAttention):
             for module in (getattr(attention, "q_b_proj", None), attention.kv_b_proj):
@@ -85,25 +113,10 @@ class _Selective(_Full):
     def _enter(self, inside: bool) -> None:
         self._in_up_projection = inside
 
-    def __call__(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    def __call__(self) -> Contexts:
         first, again = create_selective_checkpoint_contexts(self._policy)
-        return first, self._replayed(again)
+        return first, _Replay(self._routers, again, self._traffic)
 
     def _policy(self, _context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
         keep = op in _KEPT and not self._in_up_projection
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    @contextmanager
-    def _replayed(self, again: AbstractContextManager[Any]) -> Iterator[None]:
-        # Collectives answer from what was kept: nothing travels, nothing counts.
-        before, self._traffic.paused = self._traffic.paused, True
-        try:
-            with self._uncounted(), again:
-                yield
-        finally:
-            self._traffic.paused = before
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -18,6 +18,8 @@ from typing import Literal, get_args
 
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.model import GQA, ModelSpec
+from whalepod.spec.schedule import check_schedule, stages_per_rank
+from whalepod.spec.stages import split_stages
 
 Precision = Literal["bf16", "fp32", "fp8"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev"]
@@ -130,6 +132,10 @@ class Layout:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def num_stages(self) -> int:
+        return self.pp * stages_per_rank(self.schedule, self.stages_per_rank) if self.pp > 1 else 1
+
+    @property
     def expert_shard(self) -> int:
         return self.dp_shard * self.cp * self.tp // self.ep
 
@@ -211,6 +217,9 @@ class Layout:
         self._check_widths(spec)
         self._check_experts(spec)
         self._check_sequence(sequence_length)
+        if self.pp > 1:
+            check_schedule(self.schedule, self.pp, self.stages_per_rank, self.accumulation_steps)
+            split_stages(spec, self.num_stages, sequence_length, self.stage_layers)
 
     def _check_widths(self, spec: ModelSpec) -> None:
         rules = [*self._widths(spec)]

@@ -73,7 +73,7 @@ class Trainer:
         self._files = files
         with torch.device("meta"):
             model = Transformer(spec)
-        self.parallel: Parallel = parallelize(model, mesh, config.train.seed)
+        self.parallel: Parallel = parallelize(model, mesh, config.data.sequence_length, config.train.seed)
         self.parallel.train()
         self.state: TrainingState = self.parallel.state
         self.optimizer = _adamw(self.state, config)
