@@ -135,6 +135,48 @@ def train(
 
 
 @app.command()
+def schedule(
+    name: Annotated[
+        str, typer.Argument(help="gpipe, 1f1b, interleaved, interleaved_zero_bubble, zbv or dualpipev.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A model: stages then take as long as its layers cost.", show_default=False),
+    ] = None,
+    pp: Annotated[int, typer.Option(help="Pipeline ranks.")] = 4,
+    micro_batches: Annotated[int, typer.Option(help="Micro-batches in a step.")] = 8,
+    stages_per_rank: Annotated[
+        int | None,
+        typer.Option(help="Stages on each rank; the schedule's own number if left out.", show_default=False),
+    ] = None,
+    times: Annotated[
+        str, typer.Option(help="Of F, B, I and W of a micro-batch over a rank's layers, in any unit.")
+    ] = "1,2,1,1",
+    p2p: Annotated[float, typer.Option(help="Of a message from a rank to the next, in that unit.")] = 0.0,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence, for the costs of MODEL.")] = 4096,
+    out: Annotated[Path | None, typer.Option(help="Write a picture (PNG) here.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """A pipeline schedule: what each rank does when, its bubble and the activations it holds."""
+    from whalepod.report import schedule as report
+    from whalepod.spec.presets import load_model_spec
+
+    spec = None if model is None else load_model_spec(model)
+    timed = report.time_schedule(
+        name, pp, micro_batches, stages_per_rank, report.parse_times(times), p2p, spec, sequence_length
+    )
+    if out is not None:
+        report.draw_schedule(timed, out)
+    if as_json:
+        print_json(report.schedule_json(timed))
+        return
+    console = make_console()
+    console.print(report.schedule_table(timed, console.width))
+    if out is not None:
+        console.print(f"picture: {out}")
+
+
+@app.command()
 def generate(
     path: Annotated[str, typer.Argument(help="A run's folder or a Hugging Face checkpoint folder.")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
@@ -198,6 +240,7 @@ def text_progress() -> Iterator[Callable[[str, int, int], None]]:
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=total or None)
+                bar.start()  # the stage before may have stopped it
             bar.update(tasks[stage], completed=done, total=total or None)
             if total and done >= total:
                 bar.stop()  # a training bar may follow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -134,19 +136,34 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
-def initial_value(name: str, shape: torch.Size, spec: ModelSpec, seed: int) -> Tensor:
-    """A parameter's or buffer's initial value in float32 on the CPU, by its name alone.
+INITIAL_CHUNK = 1 << 20
+"""Elements that one random stream initialises, or one index of the first dimension if that is more."""
 
-    Depends on (name, seed) and on nothing else, so every rank of every layout starts from the
-    same model and need not hold more than one whole parameter at a time.
+
+def initial_value(
+    name: str, whole: Sequence[int], spec: ModelSpec, seed: int, part: Sequence[slice] | None = None
+) -> Tensor:
+    """The initial value of a parameter or buffer of shape `whole`, or of `part` of it; float32, on the CPU.
+
+    Depends on (name, seed) and on nothing else, so every rank of every layout starts from the same model.
+    Only what `part` needs along the first dimension is drawn, a chunk at a time.
     """
+    part = [slice(0, n) for n in whole] if part is None else part
+    out = torch.empty([p.stop - p.start for p in part])
     if name.endswith(("norm.weight", "layernorm.weight")):
-        return torch.ones(shape)
+        return out.fill_(1.0)
     if name.endswith(("bias", "load")):
-        return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape).normal_(0.0, spec.initializer_range, generator=generator)
+        return out.zero_()
+    rows = max(1, INITIAL_CHUNK // math.prod(whole[1:]))
+    start, stop = part[0].start, part[0].stop
+    for first in range(start // rows * rows, stop, rows):
+        digest = hashlib.sha256(f"{seed}/{name}/{first}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        chunk = torch.empty(min(rows, whole[0] - first), *whole[1:])
+        chunk.normal_(0.0, spec.initializer_range, generator=generator)
+        a, b = max(start, first), min(stop, first + rows)
+        out[a - start : b - start] = chunk[(slice(a - first, b - first), *part[1:])]
+    return out
 
 
 @torch.no_grad()

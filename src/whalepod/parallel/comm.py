@@ -82,6 +82,13 @@ class Axis:
         self.traffic.add(self.name, "all_reduce", tensor)
         return _ops.wait_tensor(_ops.all_reduce(tensor, "sum", self._group_name))
 
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """Fills the tensor in place with that of the axis's rank `source`, and returns it."""
+        if self.size > 1:
+            self.traffic.add(self.name, "broadcast", tensor)
+            dist.broadcast(tensor, group=self.group, group_src=source)
+        return tensor
+
     def gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Every rank's tensor (equal shapes), joined along `dim` in rank order. Differentiable."""
         return tensor if self.size == 1 else _Gather.apply(tensor, self, dim)

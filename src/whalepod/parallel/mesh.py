@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from whalepod.parallel import shm
 from whalepod.parallel.comm import Axis, Traffic
 from whalepod.spec.layout import GROUPS, Layout
 
@@ -66,7 +67,8 @@ def local_device(kind: str) -> torch.device:
 
 @contextmanager
 def open_mesh(layout: Layout, device: torch.device) -> Iterator[Mesh]:
-    """Starts the process group (NCCL on CUDA, gloo elsewhere) and ends it on the way out.
+    """Starts the process group and ends it on the way out: NCCL on CUDA, elsewhere shared memory between
+    the workers of a host and gloo between hosts.
 
     A layout of one device runs without any group. Raises UserError when the launcher started
     another number of processes than the layout needs.
@@ -84,7 +86,7 @@ def open_world(device: torch.device) -> Iterator[None]:
     """The group of all processes that a launcher has started, ended on the way out."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else shm.register())
     try:
         yield
     finally:

@@ -190,10 +190,8 @@ def fill(part: nn.Module, held: dict[str, Held], spec: ModelSpec, seed: int, dev
             if id(parameter) not in made:
                 name = f"{path}.{key}".lstrip(".")
                 box = held[name].box
-                value = initial_value(name, torch.Size(box.whole), spec, seed)[box.slices]
-                made[id(parameter)] = nn.Parameter(
-                    value.to(device, copy=True, memory_format=torch.contiguous_format)
-                )
+                value = initial_value(name, box.whole, spec, seed, box.slices)
+                made[id(parameter)] = nn.Parameter(value.to(device))
             module._parameters[key] = made[id(parameter)]
         for key, buffer in list(module._buffers.items()):
             if buffer is not None:

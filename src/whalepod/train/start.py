@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from whalepod.models.transformer import Transformer
-from whalepod.parallel import checkpoint
+from whalepod.parallel import checkpoint, shm
 from whalepod.parallel.mesh import world_size
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import ModelSpec, to_config
@@ -68,6 +68,7 @@ def train(
     if under_launcher or layout.num_devices == 1:
         with _threads(config.threads_per_worker):
             return run_rank(config, files, until, quiet)
+    _compile_once(progress)
     return _local_workers(config, files, until, quiet)
 
 
@@ -144,6 +145,18 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _compile_once(progress: Progress | None) -> None:
+    """Workers on CPUs speak through shared memory; its native part is compiled before they start."""
+    if torch.cuda.is_available() or not shm.will_compile():
+        return
+    stage = "compiling the shared-memory backend, once"
+    if progress is not None:
+        progress(stage, 0, 1)
+    shm.register()
+    if progress is not None:
+        progress(stage, 1, 1)
 
 
 def _local_workers(config: RunConfig, files: TokenFiles, until: int | None, quiet: bool) -> RunResult:

@@ -24,9 +24,20 @@ import sys
 from whalepod.parallel.shm import backend, build
 from whalepod.parallel.shm.backend import carries
 
-__all__ = ["carries", "register"]
+__all__ = ["carries", "register", "will_compile"]
 
 log = logging.getLogger(__name__)
+
+
+def will_compile() -> bool:
+    """Whether the next `register` on this machine compiles first, which takes about half a minute."""
+    return _switched_off() is None and build.will_compile()
+
+
+def _switched_off() -> str | None:
+    if os.environ.get("WHALEPOD_SHM") == "0":
+        return "WHALEPOD_SHM=0"
+    return None if sys.platform == "linux" else f"this is {sys.platform}, not Linux"
 
 
 @functools.cache
@@ -40,8 +51,7 @@ def register() -> str:
     The first call on a machine compiles for about half a minute; a launcher may call it before its workers
     start, else the first worker builds and the others wait.
     """
-    if os.environ.get("WHALEPOD_SHM") == "0" or sys.platform != "linux":
-        reason = "WHALEPOD_SHM=0" if sys.platform == "linux" else f"this is {sys.platform}, not Linux"
+    if (reason := _switched_off()) is not None:
         log.info("workers of one host speak through gloo: %s", reason)
         return "gloo"
     native = None

@@ -126,6 +126,18 @@ def _build(compiler: str, flags: Sequence[str], library: Path) -> None:
         linked.rename(library)
 
 
+def _library(compiler: str, flags: Sequence[str]) -> Path:
+    return _folder(_key(compiler, flags)) / f"{MODULE}.so"
+
+
+def will_compile() -> bool:
+    """Whether `load` is going to take its half a minute."""
+    try:
+        return MODULE not in sys.modules and not _library(_compiler(), _compile_flags()).is_file()
+    except Unavailable:
+        return False
+
+
 def load() -> ModuleType:
     """The native module, built if need be (about half a minute). Raises Unavailable with the reason."""
     if sys.platform != "linux":
@@ -133,7 +145,7 @@ def load() -> ModuleType:
     if MODULE in sys.modules:
         return sys.modules[MODULE]
     compiler, flags = _compiler(), _compile_flags()
-    library = _folder(_key(compiler, flags)) / f"{MODULE}.so"
+    library = _library(compiler, flags)
     if not library.is_file():
         with FileLock(library.with_suffix(".lock")):
             if not library.is_file():
