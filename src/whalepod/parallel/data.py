@@ -9,7 +9,7 @@ saw other data, what it repeats over the `tp` ranks too, experts over those that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -26,6 +26,8 @@ from whalepod.parallel.sharding import Box, Held, local_part
 from whalepod.precision.master import MasterWeights
 
 BUCKET_BYTES = 32 * 2**20
+Fill = Callable[[nn.Module, str], None]
+"""Gives a module (and its path in its model part) memory and values, if it has none yet."""
 
 
 class Piece(NamedTuple):
@@ -200,13 +202,21 @@ class _Sum:
 
 
 class Sharded:
-    """FSDP2: weights, gradients and moments live in shards; each block gathers its own to compute."""
+    """FSDP2: weights, gradients and moments live in shards; each block gathers its own to compute.
+
+    `fill` is called for each block before it is sharded.
+    """
 
     def __init__(
-        self, parts: Sequence[nn.Module], held: dict[str, Held], mesh: Mesh, dtype: torch.dtype
+        self,
+        parts: Sequence[nn.Module],
+        held: dict[str, Held],
+        mesh: Mesh,
+        dtype: torch.dtype,
+        fill: Fill,
     ) -> None:
         self._layout = mesh.layout
-        self._wrap(parts, mesh, dtype)
+        self._wrap(parts, mesh, dtype, fill)
         self._roots = [cast(FSDPModule, part) for part in parts]
         self._modules = [m for part in parts for m in part.modules() if isinstance(m, FSDPModule)]
         self._named: dict[str, nn.Parameter] = {}
@@ -225,7 +235,7 @@ class Sharded:
         self._rest = {n: mesh[rest[held[n].reduce]] for n in self._named}
 
     @staticmethod
-    def _wrap(parts: Sequence[nn.Module], mesh: Mesh, dtype: torch.dtype) -> None:
+    def _wrap(parts: Sequence[nn.Module], mesh: Mesh, dtype: torch.dtype, fill: Fill) -> None:
         layout = mesh.layout
         options: dict[str, Any] = {
             # Inputs keep their type: rounding the rotary tables to BF16 would move every position.
@@ -235,23 +245,25 @@ class Sharded:
         shards = mesh.device_mesh("fsdp")
         experts = mesh.device_mesh("expert_shard") if layout.ep > 1 else shards
 
-        def wrap(module: nn.Module, device_mesh: Any, axis: Axis, **more: Any) -> None:
+        def wrap(path: str, module: nn.Module, device_mesh: Any, axis: Axis, **more: Any) -> None:
+            fill(module, path)
             wrapped = cast(Any, fully_shard(module, mesh=device_mesh, **options, **more))
             wrapped.set_custom_all_gather(CountedGather(axis))
             wrapped.set_custom_reduce_scatter(CountedSum(axis))
 
         for part in parts:
-            units = [m for m in part.modules() if isinstance(m, Block | MTPBlock)]
-            inside = {id(m.block) for m in units if isinstance(m, MTPBlock)}
-            for unit in units:
-                if id(unit) in inside:
-                    continue
-                if layout.ep > 1:
-                    for module in [m for m in unit.modules() if isinstance(m, GroupedExperts)]:
+            # Modules come before what is in them, and MTP blocks hold a block of their own.
+            units: dict[str, nn.Module] = {}
+            for path, module in part.named_modules():
+                if isinstance(module, Block | MTPBlock) and path.removesuffix(".block") not in units:
+                    units[path] = module
+            for path, unit in units.items():
+                for below, module in [*unit.named_modules(prefix=path)] if layout.ep > 1 else []:
+                    if isinstance(module, GroupedExperts):
                         placement = _expert_placement(mesh["expert_shard"].size)
-                        wrap(module, experts, mesh["expert_shard"], shard_placement_fn=placement)
-                wrap(unit, shards, mesh["fsdp"])
-            wrap(part, shards, mesh["fsdp"])
+                        wrap(below, module, experts, mesh["expert_shard"], shard_placement_fn=placement)
+                wrap(path, unit, shards, mesh["fsdp"])
+            wrap("", part, shards, mesh["fsdp"])
 
     def start_step(self) -> None:
         for parameter in (*self._named.values(), *self._copies.values(), *self._locals.values()):
@@ -328,15 +340,6 @@ def sum_in_buckets(tensors: list[Tensor], axis: Axis) -> None:
             work.wait()
         for tensor, total in zip(members, flat.split([t.numel() for t in members]), strict=True):
             tensor.copy_(total.view_as(tensor))
-
-
-def make_state(
-    parts: Sequence[nn.Module], held: dict[str, Held], mesh: Mesh, dtype: torch.dtype
-) -> TrainingState:
-    """The training state of materialised model parts under the layout's data parallelism."""
-    if mesh.layout.fsdp > 1:
-        return Sharded(parts, held, mesh, dtype)
-    return Replicated({n: p for part in parts for n, p in part.named_parameters()}, held, mesh, dtype)
 
 
 def clip_gradients(state: TrainingState, max_norm: float, mesh: Mesh, copies: frozenset[str]) -> Tensor:

@@ -1,9 +1,9 @@
 """The only door: a model and a Layout in, a model spread over this job's devices out.
 
 Applied in one fixed order: cut the parameters by the table, put the moves of tensor parallelism
-around the modules, give the experts their exchange, recompute, fill, and last FSDP2 or flat masters,
-which own the memory from then on. A model on the meta device is filled block by block, so no rank
-ever holds more than its share and one block.
+around the modules, give the experts their exchange, recompute, and last FSDP2 or flat masters, which
+own the memory from then on. A model on the meta device is filled on the way, under FSDP2 block by
+block, so that a rank never holds more than its share and one block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from whalepod.models.attention import Attend
 from whalepod.models.moe import LocalDispatcher, MoELayer, Router
 from whalepod.models.transformer import Losses, Transformer, initial_value, target_windows
 from whalepod.parallel.context import context_attend, positions
-from whalepod.parallel.data import TrainingState, make_state, sum_in_buckets
+from whalepod.parallel.data import Replicated, Sharded, TrainingState, sum_in_buckets
 from whalepod.parallel.exchange import make_dispatcher
 from whalepod.parallel.mesh import Mesh
 from whalepod.parallel.pipeline import Hidden, Pipeline
@@ -140,8 +140,8 @@ def parallelize(model: Transformer, mesh: Mesh, sequence_length: int, seed: int 
     """Spreads `model` by the mesh's layout. It must not be used on its own afterwards.
 
     The layout must fit the model (`Layout.check_model`) and sequences of `sequence_length`, for which
-    pipeline stages are balanced. With `seed`, a model on the meta device is
-    materialised with its initial values; without, its parameters are taken as they are.
+    pipeline stages are balanced. With `seed`, a model on the meta device is materialised with its
+    initial values; without, its parameters are taken as they are.
     """
     layout = mesh.layout
     parts: list[Part] = [model]
@@ -154,11 +154,21 @@ def parallelize(model: Transformer, mesh: Mesh, sequence_length: int, seed: int 
         split_tensors(part, mesh["tp"])
         _spread_experts(part, mesh)
         apply_recompute(part, layout.recompute, mesh.traffic)
+
+    def fill(module: nn.Module, path: str) -> None:
         if seed is not None:
-            fill(part, held, model.spec, seed, mesh.device)
-    if layout.pp > 1 and layout.fsdp == 1:
-        tie_stages([part for part in parts if isinstance(part, Stage)])
-    state = make_state(parts, held, mesh, DTYPES[layout.precision])
+            _fill(module, path, held, model.spec, seed, mesh.device)
+
+    dtype, state = DTYPES[layout.precision], None
+    if layout.fsdp > 1:
+        state = Sharded(parts, held, mesh, dtype, fill)
+    else:
+        for part in parts:
+            fill(part, "")
+        if layout.pp > 1:
+            tie_stages([part for part in parts if isinstance(part, Stage)])
+        named = {name: p for part in parts for name, p in part.named_parameters()}
+        state = Replicated(named, held, mesh, dtype)
     return Parallel(parts, state, model.spec, mesh)
 
 
@@ -179,21 +189,26 @@ def _spread_experts(part: nn.Module, mesh: Mesh) -> None:
 
 
 @torch.no_grad()
-def fill(part: nn.Module, held: dict[str, Held], spec: ModelSpec, seed: int, device: torch.device) -> None:
-    """Gives a part on the meta device memory and initial values; what was shared stays shared."""
+def _fill(
+    module: nn.Module, path: str, held: dict[str, Held], spec: ModelSpec, seed: int, device: torch.device
+) -> None:
+    """Gives what is still on the meta device memory and initial values; what was shared stays shared.
+
+    path: of the module within its part, from which parameters have their names.
+    """
     made: dict[int, nn.Parameter] = {}
-    old = list(part.parameters())
-    for path, module in part.named_modules():
-        for key, parameter in list(module._parameters.items()):
-            if parameter is None:
+    old = list(module.parameters())  # alive until the end, or their ids could come again
+    for below, owner in module.named_modules(prefix=path):
+        for key, parameter in list(owner._parameters.items()):
+            if parameter is None or not parameter.is_meta:
                 continue
             if id(parameter) not in made:
-                name = f"{path}.{key}".lstrip(".")
+                name = f"{below}.{key}".lstrip(".")
                 box = held[name].box
                 value = initial_value(name, box.whole, spec, seed, box.slices)
                 made[id(parameter)] = nn.Parameter(value.to(device))
-            module._parameters[key] = made[id(parameter)]
-        for key, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+            owner._parameters[key] = made[id(parameter)]
+        for key, buffer in list(owner._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                owner._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
     del old

@@ -231,11 +231,12 @@ class Layout:
         if rule is None:
             return
         name, size, block = rule
-        if broken(1):
+        if alone := broken(1):
+            name, size, block = alone
             raise UserError(
                 f"{name} {size} is no multiple of the {block}-wide FP8 blocks: use layout.precision bf16"
             )
-        valid = [tp for tp in range(1, max(2 * self.tp, spec.num_attention_heads) + 1) if not broken(tp)]
+        valid = [tp for tp in range(1, spec.num_attention_heads + 1) if not broken(tp)]
         below = max((tp for tp in valid if tp < self.tp), default=None)
         above = next((tp for tp in valid if tp > self.tp), None)
         near = ", ".join(str(tp) for tp in (below, above) if tp is not None)
@@ -274,9 +275,10 @@ class Layout:
             raise UserError(f"layout.ep {self.ep}: {spec.name} has no experts to share out; use ep 1")
         experts = spec.moe.n_routed_experts
         if experts % self.ep:
+            inner = self.dp_shard * self.cp * self.tp
             raise UserError(
-                f"layout.ep {self.ep} must divide the {experts} routed experts; "
-                f"nearest: {near_divisors(experts, self.ep)}"
+                f"layout.ep {self.ep} must divide the {experts} routed experts, as well as dp_shard x cp x tp "
+                f"= {inner}; nearest: {near_divisors(gcd(experts, inner), self.ep)}"
             )
         if self.wire == "fp8" and spec.hidden_size % FP8_BLOCK:
             raise UserError(
@@ -311,7 +313,8 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 def near_divisors(number: int, value: int) -> str:
     """The divisors of `number` next below and above `value`, for messages: '16, 32'."""
     below = max((d for d in range(1, min(value, number) + 1) if number % d == 0), default=None)
-    above = next((d for d in range(value + 1, number + 1) if number % d == 0), None)
+    # Not beyond what any axis may be: the next divisor of a product of primes can be very far.
+    above = next((d for d in range(value + 1, min(number, MAX_SIZE) + 1) if number % d == 0), None)
     return ", ".join(str(d) for d in (below, above) if d is not None)
 
 
