@@ -26,10 +26,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from whalepod.models.transformer import Transformer, init_weights, target_windows
-from whalepod.parallel.comm import Axis
-from whalepod.parallel.data import Replicated, clip_gradients
+from whalepod.models.transformer import Transformer, init_weights
+from whalepod.parallel.mesh import make_mesh
+from whalepod.parallel.parallelize import parallelize
+from whalepod.parallel.state import clip_gradients
 from whalepod.spec.counts import train_flops
+from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec, to_config
 from whalepod.spec.presets import load_model_spec
 from whalepod.text.tokenizer import train_tokenizer
@@ -41,22 +43,20 @@ Step = Callable[[torch.Tensor], float]
 
 
 def whalepod_arm(spec: ModelSpec) -> Step:
-    model = Transformer(spec)
-    init_weights(model, 0)
-    model.train()
-    state = Replicated(model, Axis("dp"), torch.bfloat16)
+    mesh = make_mesh(Layout(micro_batch=BATCH, global_batch=BATCH), torch.device("cpu"))
+    with torch.device("meta"):
+        model = Transformer(spec)
+    parallel = parallelize(model, mesh, LENGTH, seed=0)
+    parallel.train()
+    state = parallel.state
     optimizer = torch.optim.AdamW([*state.decayed, *state.plain], lr=1e-4, fused=True)
 
     def step(rows: torch.Tensor) -> float:
-        state.start_step()
-        loss = model(rows[:, :LENGTH], target_windows(rows[:, 1:], len(model.mtp))).main / (BATCH * LENGTH)
-        state.before_backward(True)
-        loss.backward()
-        state.finish_gradients()
-        clip_gradients(state, 1.0)
+        losses = parallel.backward(rows, BATCH * LENGTH, mtp_weight=0.0)
+        clip_gradients(state, 1.0, mesh, parallel.copies)
         optimizer.step()
         state.write_back()
-        return loss.item()
+        return losses[0].item()
 
     return step
 

@@ -44,12 +44,15 @@ def layouts(draw: st.DrawFn, largest: int = 4) -> Layout:
 # ------------------------------------------------------------------------------- ranks and groups
 
 
+EXPERT_AXES = ("expert_shard", "ep_rail", "ep_node")
+
+
 def grid(of: Layout, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """All ranks in an array with one dimension per axis, slowest first, and the axes' names."""
     if name.startswith("e") and name != "ends":
         rails = of.ep // of.ep_node
         shape: tuple[int, ...] = (of.pp, of.dp_replicate, of.expert_shard, rails, of.ep_node)
-        axes: tuple[str, ...] = ("pp", "dp_replicate", "expert_shard", "ep_rail", "ep_node")
+        axes: tuple[str, ...] = ("pp", "dp_replicate", *EXPERT_AXES)
     else:
         shape, axes = tuple(getattr(of, axis) for axis in AXES), AXES
     return np.arange(math.prod(shape)).reshape(shape), axes
@@ -81,10 +84,12 @@ def test_a_rank_stands_where_its_place_says(of: Layout) -> None:
     places = [of.place(rank) for rank in range(of.num_devices)]
     for rank, place in enumerate(places):
         assert all(0 <= place[axis] < size for axis, size in sizes.items())
-        number = 0
-        for axis in AXES:  # the numbering of the docstring: tp fastest, pp slowest
-            number = number * sizes[axis] + place[axis]
-        assert number == rank
+        # The numbering of the docstring: tp fastest, pp slowest; ep fastest of what it is carved from.
+        for order in (AXES, ("pp", "dp_replicate", "expert_shard", "ep"), (*AXES[:2], *EXPERT_AXES)):
+            number = 0
+            for axis in order:
+                number = number * sizes[axis] + place[axis]
+            assert number == rank
         for name, along in GROUPS.items():
             if name == "ends":
                 continue
@@ -152,6 +157,41 @@ def test_deepseeks_own_layout() -> None:
     assert own.accumulation_steps == 120
 
 
+def test_every_group_of_one_rank_by_hand() -> None:
+    """What each name means, without the table: rank 21 of 2 x 2 x 2 x 2 x 2, experts over 2 nodes of 2."""
+    of = layout(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2, ep=4, devices_per_node=2)
+    assert of.place(21) == {
+        "pp": 1,
+        "dp_replicate": 0,
+        "dp_shard": 1,
+        "cp": 0,
+        "tp": 1,
+        "expert_shard": 1,
+        "ep": 1,
+        "ep_rail": 0,
+        "ep_node": 1,
+    }
+    assert {name: of.group(name, 21) for name in GROUPS} == {
+        "pp": [5, 21],
+        "ends": [5, 21],
+        "dp": [17, 21, 25, 29],
+        "dp_replicate": [21, 29],
+        "fsdp": [17, 19, 21, 23],
+        "cp": [21, 23],
+        "tp": [20, 21],
+        "sequence": [20, 21, 22, 23],
+        "data": [17, 19, 21, 23, 25, 27, 29, 31],
+        "stage": list(range(16, 32)),
+        "replicas": [20, 21, 28, 29],
+        "ep": [20, 21, 22, 23],
+        "ep_node": [20, 21],
+        "ep_rail": [21, 23],
+        "expert_shard": [17, 21],
+        "expert_data": [17, 21, 25, 29],
+        "world": list(range(32)),
+    }
+
+
 # ------------------------------------------------------------------------------------- refusals
 
 
@@ -216,11 +256,16 @@ def named(text: str) -> list[int]:
             "layout.precision bf16",
         ),
         (QWEN, {"dp_shard": 2, "ep": 2}, "has no experts to share out; use ep 1"),
-        (V3, {"dp_shard": 48, "ep": 48}, "layout.ep 48 must divide the 256 routed experts; nearest: 16"),
+        (
+            V3,
+            {"dp_shard": 96, "ep": 48},
+            "layout.ep 48 must divide the 256 routed experts, as well as dp_shard x cp x tp = 96; "
+            "nearest: 32",
+        ),
         (
             MINI,
-            {"dp_shard": 16, "ep": 16},
-            "layout.ep 16 must divide the 40 routed experts; nearest: 8",
+            {"dp_shard": 8, "tp": 2, "ep": 16},
+            "layout.ep 16 must divide the 40 routed experts, as well as dp_shard x cp x tp = 16; nearest: 8",
         ),
         (
             MINI.with_(hidden_size=192),
@@ -297,7 +342,8 @@ def test_what_a_sequence_cannot_bear(fields: dict[str, int], length: int, messag
         ),
         (
             {"dp_replicate": 2, "dp_shard": 3, "micro_batch": 2, "global_batch": 16},
-            "layout.global_batch 16 must be a multiple of micro_batch x devices = 2 x 6 = 12; nearest: 12, 24",
+            "layout.global_batch 16 must be a multiple of micro_batch x devices = 2 x 6 = 12; "
+            "nearest: 12, 24",
         ),
         (
             {"dp_shard": 4, "tp": 2, "global_batch": 3},
@@ -321,7 +367,7 @@ def test_workers_are_as_many_as_the_layout_needs() -> None:
 def test_absurd_sizes_are_refused_at_once() -> None:
     """Two primes near the bound: the next divisor is a trillion away."""
     start = time.perf_counter()
-    with pytest.raises(UserError, match="nearest: 1048573$"):
+    with pytest.raises(UserError, match=r"nearest: 1048573$"):
         Layout(dp_shard=1048573, cp=1048571, ep=1048574, global_batch=1048573)
     with pytest.raises(UserError, match="nearest: 2"):
         layout(tp=MAX_SIZE).check_model(QWEN, MAX_SIZE)

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from whalepod.models.moe import routers
 from whalepod.models.transformer import Transformer
 from whalepod.parallel.comm import Axis
-from whalepod.parallel.data import Piece, TrainingState
 from whalepod.parallel.parallelize import Parallel
+from whalepod.parallel.state import Piece, TrainingState
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import ModelSpec
 

@@ -17,13 +17,15 @@ from whalepod.models.attention import Attend
 from whalepod.models.moe import LocalDispatcher, MoELayer, Router
 from whalepod.models.transformer import Losses, Transformer, initial_value, target_windows
 from whalepod.parallel.context import context_attend, positions
-from whalepod.parallel.data import Replicated, Sharded, TrainingState, sum_in_buckets
 from whalepod.parallel.exchange import make_dispatcher
 from whalepod.parallel.mesh import Mesh
 from whalepod.parallel.pipeline import Hidden, Pipeline
 from whalepod.parallel.recompute import apply_recompute
+from whalepod.parallel.replicated import Replicated
+from whalepod.parallel.sharded import Sharded
 from whalepod.parallel.sharding import Held, shard_parameters
 from whalepod.parallel.stage import Stage, make_stages, shared_parameters, tie_stages
+from whalepod.parallel.state import TrainingState, sum_in_buckets
 from whalepod.parallel.tensor import TensorDispatcher, split_tensors
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.schedule import RULES

@@ -277,8 +277,8 @@ class Layout:
         if experts % self.ep:
             inner = self.dp_shard * self.cp * self.tp
             raise UserError(
-                f"layout.ep {self.ep} must divide the {experts} routed experts, as well as dp_shard x cp x tp "
-                f"= {inner}; nearest: {near_divisors(gcd(experts, inner), self.ep)}"
+                f"layout.ep {self.ep} must divide the {experts} routed experts, as well as dp_shard x cp x "
+                f"tp = {inner}; nearest: {near_divisors(gcd(experts, inner), self.ep)}"
             )
         if self.wire == "fp8" and spec.hidden_size % FP8_BLOCK:
             raise UserError(

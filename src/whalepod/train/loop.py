@@ -16,9 +16,9 @@ from torch import Tensor
 from whalepod.models.transformer import Transformer
 from whalepod.parallel import checkpoint
 from whalepod.parallel.checkpoint import Progress
-from whalepod.parallel.data import TrainingState, clip_gradients
 from whalepod.parallel.mesh import Mesh, local_device, open_mesh
 from whalepod.parallel.parallelize import Parallel, parallelize
+from whalepod.parallel.state import TrainingState, clip_gradients
 from whalepod.spec.counts import train_flops
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
