@@ -132,7 +132,7 @@ def test_nan_gradients_skip_the_step_and_stop_after_a_limit(run_values) -> None:
         t.step()
     with pytest.raises(UserError, match="10 steps in a row"):
         t.step()
-    assert t.skipped == 10
+    assert t.progress.skipped == 10
     after = t.state.weights()
     assert all(torch.equal(before[k].nan_to_num(7), after[k].tensor.nan_to_num(7)) for k in before)
 

@@ -228,15 +228,30 @@ def named(text: str) -> list[int]:
             "layout.tp 4 must divide intermediate_size 770; nearest: 2",
         ),
         (
-            MINI.with_(moe_intermediate_size=126),
-            {"tp": 4},
-            "layout.tp 4 must divide n_shared_experts x moe_intermediate_size 126; nearest: 2",
+            MINI.with_(num_attention_heads=6, vocab_size=3 * 512),
+            {"tp": 3},
+            "layout.tp 3 must divide n_shared_experts x moe_intermediate_size 128; nearest: 2",
         ),
         (
-            MINI.with_(moe_intermediate_size=126, n_shared_experts=2),
-            {"tp": 4},
-            "layout.tp 4 must divide moe_intermediate_size 126; nearest: 2",
+            MINI.with_(num_attention_heads=6, vocab_size=3 * 512, n_shared_experts=3),
+            {"tp": 3},
+            "layout.tp 3 must divide moe_intermediate_size 128; nearest: 2",
         ),
+        (
+            MINI.with_(moe_intermediate_size=24),
+            {"tp": 2},
+            "layout.tp 2 cuts moe_intermediate_size 24 into 12, which is no multiple of 8, as grouped "
+            "products need (16 bytes); nearest: 1",
+        ),
+        (
+            MINI.with_(moe_intermediate_size=126),
+            {},
+            "moe_intermediate_size 126 is no multiple of 8, as grouped products need (16 bytes)",
+        ),
+        (MINI, {"stage_layers": (3, 3)}, "layout.stage_layers has no effect with pp 1: leave it out"),
+        (MINI, {"stages_per_rank": 2}, "layout.stages_per_rank has no effect with pp 1: leave it out"),
+        (MINI, {"wire": "fp8"}, "layout.wire fp8 has no effect with ep 1"),
+        (MINI, {"exchange": "two_hop"}, "layout.exchange two_hop has no effect with ep 1"),
         (
             V3,
             {"tp": 32, "precision": "fp8"},
@@ -390,7 +405,8 @@ def widths(spec: ModelSpec, fp8: bool, ep: int) -> list[tuple[int, int]]:
         found.append((spec.intermediate_size, block))
     if spec.moe is not None:
         found += [(spec.moe.n_shared_experts * spec.moe.moe_intermediate_size, block)]
-        found += [(spec.moe.moe_intermediate_size, block)] if ep == 1 else []
+        # Grouped products want 16 bytes, here of two each.
+        found += [(spec.moe.moe_intermediate_size, max(block, 8))] if ep == 1 else []
     return found
 
 

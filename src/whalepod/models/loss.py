@@ -29,7 +29,7 @@ def head_loss(h: Tensor, weight_VD: Tensor, targets: Tensor) -> Tensor:
 
     h [..., D], targets [...]. Negative targets are left out of the sum.
     """
-    return _HeadLoss.apply(h.reshape(-1, h.shape[-1]), weight_VD, targets.reshape(-1), 0, None)
+    return _apply(h, weight_VD, targets, 0, None)
 
 
 def partial_head_loss(h: Tensor, weight_VD: Tensor, targets: Tensor, first: int, combine: Combine) -> Tensor:
@@ -39,15 +39,27 @@ def partial_head_loss(h: Tensor, weight_VD: Tensor, targets: Tensor, first: int,
     over all rows, and the target's logit, which is 0 where the target is not among these rows.
     The gradient of h is the part that comes from these rows.
     """
-    return _HeadLoss.apply(h.reshape(-1, h.shape[-1]), weight_VD, targets.reshape(-1), first, combine)
+    return _apply(h, weight_VD, targets, first, combine)
+
+
+def _apply(h: Tensor, weight_VD: Tensor, targets: Tensor, first: int, combine: Combine | None) -> Tensor:
+    h_TD, targets_T = h.reshape(-1, h.shape[-1]), targets.reshape(-1)
+    # Within a Function's forward pass gradients are always off: whether they are wanted is known here.
+    return _HeadLoss.apply(h_TD, weight_VD, targets_T, first, combine, torch.is_grad_enabled())
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, first: int, combine: Combine | None
+        ctx: Any,
+        h_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        first: int,
+        combine: Combine | None,
+        trains: bool,
     ) -> Tensor:
-        needs = h_TD.requires_grad or weight_VD.requires_grad
+        needs = trains and (h_TD.requires_grad or weight_VD.requires_grad)
         grad_h = torch.empty_like(h_TD) if needs else None
         grad_w = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device) if needs else None
         total = torch.zeros((), dtype=torch.float32, device=h_TD.device)
@@ -81,6 +93,6 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, grad_w * grad, None, None, None
+        return grad_h * grad, grad_w * grad, None, None, None, None

@@ -44,6 +44,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    skipped: int = 0  # steps that changed nothing, for NaN or infinite gradients
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -144,7 +145,7 @@ def save(
 def load(path: Path, parallel: Parallel, optimizer: torch.optim.Optimizer) -> Progress:
     """Fills a training state from a checkpoint written under any layout."""
     progress = read_progress(path)
-    _prime(optimizer, progress.step)
+    _prime(optimizer, progress.step - progress.skipped)
     read_tensors(path, tensors(parallel, optimizer), no_dist=parallel.mesh.world.size == 1)
     parallel.state.write_back()
     return progress
@@ -153,7 +154,8 @@ def load(path: Path, parallel: Parallel, optimizer: torch.optim.Optimizer) -> Pr
 def read_progress(path: Path) -> Progress:
     try:
         values = json.loads((path / "state.json").read_text())
-        return Progress(int(values["step"]), int(values["tokens"]), float(values["seconds"]))
+        skipped = int(values.get("skipped", 0))
+        return Progress(int(values["step"]), int(values["tokens"]), float(values["seconds"]), skipped)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path} has no readable state.json: {error}") from None
 

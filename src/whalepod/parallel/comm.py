@@ -45,10 +45,10 @@ class Traffic:
     bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
     paused: bool = False
 
-    def add(self, axis: str, op: str, tensor: Tensor, times: int = 1) -> None:
+    def add(self, axis: str, op: str, tensor: Tensor) -> None:
         if not self.paused:
             self.calls[axis, op] += 1
-            self.bytes[axis, op] += tensor.numel() * tensor.element_size() * times
+            self.bytes[axis, op] += tensor.numel() * tensor.element_size()
 
 
 @dataclass(frozen=True)

@@ -121,5 +121,6 @@ def _axes(layout: Layout, traffic: Traffic, made: Groups) -> dict[str, Axis]:
         # all: ranks between the ends of a pipeline make one of themselves.
         if ranks not in made and (len(ranks) > 1 or (name == "ends" and layout.pp > 2)):
             made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-        axes[name] = Axis(name, len(ranks), ranks.index(rank), made.get(ranks), traffic)
+        group = made[ranks] if len(ranks) > 1 else None
+        axes[name] = Axis(name, len(ranks), ranks.index(rank), group, traffic)
     return axes

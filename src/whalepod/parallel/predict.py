@@ -43,10 +43,11 @@ def greedy(parallel: Parallel, prompt_ids: list[int], max_new_tokens: int) -> li
     _check(parallel.spec, prompt_ids, max_new_tokens, mesh.layout.cp)
     stages = {part.index if isinstance(part, Stage) else 0: part for part in parallel.parts}
     for part in stages.values():
+        module: Any = part
         # FSDP2 gathers weights for what it knows as a forward method, and for nothing else.
-        if not hasattr(part, "predict"):
-            part.predict = partial(_predict, part, mesh["tp"], parallel.attend)
-            register_fsdp_forward_method(part, "predict")
+        if not hasattr(module, "predict"):
+            module.predict = partial(_predict, part, mesh["tp"], parallel.attend)
+            register_fsdp_forward_method(module, "predict")
     ids = list(prompt_ids)
     length = len(ids) + max_new_tokens - 1
     length += -length % mesh["tp"].size
@@ -64,7 +65,7 @@ def _next(parallel: Parallel, stages: dict[int, Transformer], tokens_BS: Tensor,
     """The best token after position `last`, on every rank."""
     mesh, layout = parallel.mesh, parallel.mesh.layout
     pp, tp = mesh["pp"], mesh["tp"]
-    shape = (1, tokens_BS.shape[1] // tp.size, parallel.spec.hidden_size)
+    hidden = (1, tokens_BS.shape[1] // tp.size, parallel.spec.hidden_size)
     x = tokens_BS
     for index in range(layout.num_stages):
         owner = rank_of_stage(layout.schedule, index, pp.size)
@@ -72,11 +73,10 @@ def _next(parallel: Parallel, stages: dict[int, Transformer], tokens_BS: Tensor,
         if owner == pp.rank:
             part: Any = stages[index]
             x = part.predict(x, tokens_BS.shape[1], last)
-            if is_last:
-                x = _best(x, tp)
+            x = _best(x, tp) if is_last else x
         else:
-            x = torch.empty((), dtype=torch.int64) if is_last else torch.empty(shape, dtype=_dtype(parallel))
-            x = x.to(mesh.device)
+            shape, dtype = ((), torch.int64) if is_last else (hidden, DTYPES[layout.precision])
+            x = torch.empty(shape, dtype=dtype, device=mesh.device)
         pp.broadcast(x, owner)
     return int(x)
 
@@ -104,10 +104,6 @@ def _best(logits: Tensor, tp: Axis) -> Tensor:
     pair = torch.stack((logits[own].double(), (own + tp.rank * len(logits)).double()))
     pairs = tp.gather(pair.unsqueeze(0))
     return pairs[pairs[:, 0].argmax(), 1].long()
-
-
-def _dtype(parallel: Parallel) -> torch.dtype:
-    return DTYPES[parallel.mesh.layout.precision]
 
 
 def _check(spec: ModelSpec, prompt: list[int], max_new_tokens: int, cp: int) -> None:

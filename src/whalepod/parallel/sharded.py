@@ -67,7 +67,7 @@ class Sharded:
 
         def wrap(path: str, module: nn.Module, device_mesh: Any, axis: Axis, **more: Any) -> None:
             fill(module, path)
-            wrapped = cast(Any, fully_shard(module, mesh=device_mesh, **options, **more))
+            wrapped = cast(Any, fully_shard(module, mesh=device_mesh, **(options | more)))
             wrapped.set_custom_all_gather(CountedGather(axis))
             wrapped.set_custom_reduce_scatter(CountedSum(axis))
 
@@ -82,8 +82,10 @@ class Sharded:
                     if isinstance(module, GroupedExperts):
                         placement = _expert_placement(mesh["expert_shard"].size)
                         wrap(below, module, experts, mesh["expert_shard"], shard_placement_fn=placement)
-                wrap(path, unit, shards, mesh["fsdp"])
-            wrap("", part, shards, mesh["fsdp"])
+                placement = _expert_placement(mesh["fsdp"].size)
+                wrap(path, unit, shards, mesh["fsdp"], shard_placement_fn=placement)
+            # What is left, embedding and head, is needed from the first to the last: it stays gathered.
+            wrap("", part, shards, mesh["fsdp"], reshard_after_forward=False)
 
     def start_step(self) -> None:
         for parameter in (*self._named.values(), *self._copies.values(), *self._locals.values()):
@@ -135,9 +137,14 @@ class Sharded:
 
 
 def _expert_placement(size: int) -> Any:
-    """Shards whole experts where their number allows, else their hidden dimension if that divides."""
+    """Shards whole experts where their number allows, else their hidden dimension if that divides.
+
+    Other parameters are cut along their first dimension, as FSDP2 does.
+    """
 
     def place(parameter: nn.Parameter) -> Shard | None:
+        if parameter.dim() < 3:
+            return None
         dim = 1 if parameter.dim() == 3 else 3  # D of down [E, D, I] and of gate_up [E, 2, I, D]
         uneven = parameter.shape[0] % size != 0
         return Shard(dim) if uneven and parameter.shape[dim] % size == 0 else None

@@ -100,7 +100,9 @@ def shard_parameters(part: nn.Module, mesh: Mesh) -> dict[str, Held]:
             if where is not None:
                 box = _slice(box, where[1], mesh[where[0]].size, mesh[where[0]].rank)
             if first:
-                local = parameter.detach()[box.slices].clone(memory_format=torch.contiguous_format)
+                # Masters: FP32 whatever the weights came in.
+                part_of_it = parameter.detach()[box.slices]
+                local = part_of_it.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
                 made[id(parameter)] = nn.Parameter(local, requires_grad=parameter.requires_grad)
                 held[name] = Held(box, _reduce_axis(where, layout))
             module._parameters[key] = made[id(parameter)]

@@ -75,20 +75,27 @@ class TrainingState(Protocol):
 
 
 def sum_in_buckets(tensors: list[Tensor], axis: Axis) -> None:
-    """Sums tensors in place over an axis, a few together."""
+    """Sums tensors in place over an axis, a few together; while one bucket travels, the next is made."""
     bucket: list[Tensor] = []
-    started: list[tuple[dist.Work | None, Tensor, list[Tensor]]] = []
-    for i, tensor in enumerate(tensors):
-        bucket.append(tensor)
-        if sum(t.nbytes for t in bucket) >= BUCKET_BYTES or i == len(tensors) - 1:
-            flat = torch.cat([t.flatten() for t in bucket])
-            started.append((axis.start_all_reduce(flat), flat, bucket))
-            bucket = []
-    for work, flat, members in started:
+    flying: tuple[dist.Work | None, Tensor, list[Tensor]] | None = None
+
+    def land() -> None:
+        if flying is None:
+            return
+        work, flat, members = flying
         if work is not None:
             work.wait()
         for tensor, total in zip(members, flat.split([t.numel() for t in members]), strict=True):
             tensor.copy_(total.view_as(tensor))
+
+    for i, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        if sum(t.nbytes for t in bucket) >= BUCKET_BYTES or i == len(tensors) - 1:
+            flat = torch.cat([t.flatten() for t in bucket])
+            started = (axis.start_all_reduce(flat), flat, bucket)
+            land()
+            flying, bucket = started, []
+    land()
 
 
 def clip_gradients(state: TrainingState, max_norm: float, mesh: Mesh, copies: frozenset[str]) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from whalepod.models.attention import Attention
 from whalepod.models.loss import partial_head_loss
 from whalepod.models.mlp import SwiGLU
-from whalepod.models.moe import GroupPlan, LocalDispatcher, Rows
+from whalepod.models.moe import GroupPlan, LocalDispatcher, MoELayer, Rows
 from whalepod.parallel.comm import Axis
 
 
@@ -30,13 +30,17 @@ def split_tensors(part: nn.Module, tp: Axis) -> None:
     """Puts the moves around the modules of a part whose parameters are this rank's shares."""
     if tp.size == 1:
         return
+    served: set[nn.Module | None] = set()  # shared experts whose layer makes their moves
     for name, found in part.named_modules():
         module: Any = found
-        if isinstance(found, nn.Embedding):
+        if isinstance(found, MoELayer) and _is_split(found):
+            module.forward = partial(_experts_layer, found, tp)
+            served.add(found.shared_experts)
+        elif isinstance(found, nn.Embedding):
             module.forward = partial(_embed, found, tp)
         elif isinstance(found, Attention):
             _around_attention(found, tp)
-        elif isinstance(found, SwiGLU):
+        elif isinstance(found, SwiGLU) and found not in served:
             # Width and tokens only: any order of the tokens does, so the first dimension, without a copy.
             module.register_forward_pre_hook(_gather_input(tp, 0))
             module.down_proj.register_forward_hook(_reduce_output(tp, 0))
@@ -49,7 +53,7 @@ def split_tensors(part: nn.Module, tp: Axis) -> None:
 def _around_attention(module: Attention, tp: Axis) -> None:
     parts: Any = module
     if hasattr(module, "q_a_proj"):
-        parts.q_a_proj.register_forward_hook(_gather_output(tp, 1))
+        parts.q_a_layernorm.register_forward_hook(_gather_output(tp, 1))
         parts.kv_a_proj_with_mqa.register_forward_hook(_gather_output(tp, 1))
     else:
         module.register_forward_pre_hook(_gather_input(tp, 1))
@@ -96,6 +100,23 @@ def vocabulary_loss(tp: Axis, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tens
         return both[..., 0].logsumexp(0).unsqueeze(1), both[..., 1].sum(0).unsqueeze(1)
 
     return partial_head_loss(tp.gather(x_BSD, 1), weight_VD, targets_BS, tp.rank * rows, combine)
+
+
+def _is_split(module: MoELayer) -> bool:
+    """Whether experts are split by width, and not shared out whole."""
+    return module.experts.gate_up.shape[2] < module.gate.config.moe_intermediate_size
+
+
+def _experts_layer(module: MoELayer, tp: Axis, x_BSD: Tensor) -> Tensor:
+    """Experts split by width: every rank runs all tokens of the `tp` ranks, and routed and shared experts
+    have one gather and one reduce-scatter between them."""
+    local = LocalDispatcher()
+    x, ids, weights = (tp.gather(t) for t in (x_BSD.flatten(0, 1), *module.gate(x_BSD)))
+    rows, plan = local.dispatch(x, ids, weights, module.gate.weight.shape[0])
+    out = local.combine(module.experts(rows), plan)
+    if module.shared_experts is not None:
+        out = out + module.shared_experts(x)
+    return tp.reduce_scatter(out).view_as(x_BSD)
 
 
 class TensorDispatcher(LocalDispatcher):

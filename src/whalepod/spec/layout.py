@@ -6,7 +6,7 @@ Ranks are numbered with `tp` fastest, then `cp`, `dp_shard`, `dp_replicate`, `pp
 
 Experts lie across the same devices in another way (DeepSeek-V3, section 3.2): `ep` is carved out of
 dp_shard x cp x tp, whose ranks are numbered in the same order, `ep` fastest. What is left of them,
-`expert_shard` = dp_shard x cp x tp / ep, shards (or, at ZeRO 0, repeats) each expert.
+`expert_shard` = dp_shard x cp x tp / ep, shards each expert (or repeats it, where dp_shard x cp is 1).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd, lcm
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.model import GQA, ModelSpec
-from whalepod.spec.schedule import check_schedule, stages_per_rank
+from whalepod.spec.schedule import check_schedule, splits_backward, stages_per_rank
 from whalepod.spec.stages import split_stages
 
 Precision = Literal["bf16", "fp32", "fp8"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev"]
 Recompute = Literal["none", "selective", "full"]
-Exchange = Literal["flat", "two_hop"]
+Exchange = Literal["auto", "flat", "two_hop"]
 Wire = Literal["bf16", "fp8"]
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -53,6 +53,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 
 
+class _Width(NamedTuple):
+    """A size that `tp` cuts, and the multiple that each part must be."""
+
+    name: str
+    size: int
+    multiple: int = 1
+    why: str = "1"
+
+
 @dataclass(frozen=True)
 class Layout:
     """Sizes of the mesh axes, batch and precision. A value; it validates itself.
@@ -67,7 +76,8 @@ class Layout:
     own number, stage_layers None splits by cost, else the number of layers in each stage.
     recompute: activations recomputed in the backward pass: `none`; `selective` (norms, MLA
     up-projections, SwiGLU: DeepSeek-V3, section 3.2.3); `full` (every block).
-    exchange, wire, devices_per_node: how tokens travel to experts and back, and where nodes end.
+    exchange, wire, devices_per_node: how tokens travel to experts and back, and where nodes end; `auto` is
+    DeepEP on CUDA where it is installed, else `flat`.
     micro_batch: sequences per device and forward pass. global_batch: sequences per step, over all
     devices. precision: of compute; masters, gradient sums and reductions are float32.
     """
@@ -83,7 +93,7 @@ class Layout:
     stages_per_rank: int | None = None
     stage_layers: tuple[int, ...] | None = None
     recompute: Recompute = "none"
-    exchange: Exchange = "flat"
+    exchange: Exchange = "auto"
     wire: Wire = "bf16"
     devices_per_node: int = 8
     micro_batch: int = 1
@@ -217,59 +227,84 @@ class Layout:
         self._check_widths(spec)
         self._check_experts(spec)
         self._check_sequence(sequence_length)
-        if self.pp > 1:
-            check_schedule(self.schedule, self.pp, self.stages_per_rank, self.accumulation_steps)
-            split_stages(spec, self.num_stages, sequence_length, self.stage_layers)
+        self._check_pipeline(spec, sequence_length)
+
+    def _check_pipeline(self, spec: ModelSpec, sequence_length: int) -> None:
+        if self.pp == 1:
+            for name in ("stages_per_rank", "stage_layers"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"layout.{name} has no effect with pp 1: leave it out")
+            return
+        check_schedule(self.schedule, self.pp, self.stages_per_rank, self.accumulation_steps)
+        split_stages(spec, self.num_stages, sequence_length, self.stage_layers)
+        if self.recompute != "none" and splits_backward(self.schedule):
+            # torch computes weight gradients group by group, each in a pass of its own, and each pass
+            # would recompute its block: measured, more memory and more time than without.
+            raise UserError(
+                f"layout.recompute {self.recompute} recomputes a block once per weight under schedule "
+                f"{self.schedule}, which splits the backward pass: use recompute none, or schedule 1f1b or "
+                "interleaved"
+            )
 
     def _check_widths(self, spec: ModelSpec) -> None:
         rules = [*self._widths(spec)]
 
-        def broken(tp: int) -> tuple[str, int, int] | None:
-            return next((rule for rule in rules if rule[1] % (tp * rule[2])), None)
+        def broken(tp: int) -> _Width | None:
+            return next((rule for rule in rules if rule.size % (tp * rule.multiple)), None)
 
         rule = broken(self.tp)
         if rule is None:
             return
-        name, size, block = rule
         if alone := broken(1):
-            name, size, block = alone
-            raise UserError(
-                f"{name} {size} is no multiple of the {block}-wide FP8 blocks: use layout.precision bf16"
-            )
+            remedy = ": use layout.precision bf16" if alone.multiple == FP8_BLOCK else ""
+            raise UserError(f"{alone.name} {alone.size} is no multiple of {alone.why}{remedy}")
         valid = [tp for tp in range(1, spec.num_attention_heads + 1) if not broken(tp)]
         below = max((tp for tp in valid if tp < self.tp), default=None)
         above = next((tp for tp in valid if tp > self.tp), None)
         near = ", ".join(str(tp) for tp in (below, above) if tp is not None)
-        if size % self.tp:
-            raise UserError(f"layout.tp {self.tp} must divide {name} {size}; nearest: {near}")
+        if rule.size % self.tp:
+            raise UserError(f"layout.tp {self.tp} must divide {rule.name} {rule.size}; nearest: {near}")
         raise UserError(
-            f"layout.tp {self.tp} cuts {name} {size} into {size // self.tp}, which is no multiple of "
-            f"the {block}-wide FP8 blocks; nearest: {near}"
+            f"layout.tp {self.tp} cuts {rule.name} {rule.size} into {rule.size // self.tp}, which is no "
+            f"multiple of {rule.why}; nearest: {near}"
         )
 
-    def _widths(self, spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
-        """What `tp` cuts: name, size, and the multiple that each part must be."""
-        block = FP8_BLOCK if self.precision == "fp8" else 1
+    def _widths(self, spec: ModelSpec) -> Iterator[_Width]:
+        """What `tp` cuts."""
+        fp8 = (FP8_BLOCK, f"the {FP8_BLOCK}-wide FP8 blocks") if self.precision == "fp8" else (1, "1")
         a, heads = spec.attention, spec.num_attention_heads
-        yield "num_attention_heads", heads, 1
-        yield "vocab_size", spec.vocab_size, 1
+        yield _Width("num_attention_heads", heads)
+        yield _Width("vocab_size", spec.vocab_size)
         if isinstance(a, GQA):
-            yield "num_key_value_heads", a.num_key_value_heads, 1
-            yield "num_key_value_heads x head_dim", a.num_key_value_heads * a.head_dim, block
+            yield _Width("num_key_value_heads", a.num_key_value_heads)
+            yield _Width("num_key_value_heads x head_dim", a.num_key_value_heads * a.head_dim, *fp8)
         else:
-            yield "num_attention_heads x qk_head_dim", heads * a.qk_head_dim, block
-            yield "num_attention_heads x v_head_dim", heads * a.v_head_dim, block
+            yield _Width("num_attention_heads x qk_head_dim", heads * a.qk_head_dim, *fp8)
+            yield _Width("num_attention_heads x v_head_dim", heads * a.v_head_dim, *fp8)
         if not all(spec.is_moe_layer(i) for i in range(spec.num_hidden_layers)):
-            yield "intermediate_size", spec.intermediate_size, block
+            yield _Width("intermediate_size", spec.intermediate_size, *fp8)
         if (moe := spec.moe) is not None:
             width = moe.moe_intermediate_size
             if moe.n_shared_experts:
-                yield "n_shared_experts x moe_intermediate_size", moe.n_shared_experts * width, block
+                shared = moe.n_shared_experts * width
+                yield _Width("n_shared_experts x moe_intermediate_size", shared, *fp8)
             if self.ep == 1:
-                yield "moe_intermediate_size", width, block
+                yield _Width("moe_intermediate_size", width, *fp8)
+                yield _Width("moe_intermediate_size", width, *self._grouped)
+
+    @property
+    def _grouped(self) -> tuple[int, str]:
+        """The multiple that widths of grouped products must be, and why."""
+        elements = 4 if self.precision == "fp32" else 8
+        return elements, f"{elements}, as grouped products need (16 bytes)"
 
     def _check_experts(self, spec: ModelSpec) -> None:
         if self.ep == 1:
+            for name, default in (("wire", "bf16"), ("exchange", "auto")):
+                if (value := getattr(self, name)) not in (default, "flat"):
+                    raise UserError(
+                        f"layout.{name} {value} has no effect with ep 1: nothing travels to experts"
+                    )
             return
         if spec.moe is None:
             raise UserError(f"layout.ep {self.ep}: {spec.name} has no experts to share out; use ep 1")
@@ -280,6 +315,9 @@ class Layout:
                 f"layout.ep {self.ep} must divide the {experts} routed experts, as well as dp_shard x cp x "
                 f"tp = {inner}; nearest: {near_divisors(gcd(experts, inner), self.ep)}"
             )
+        multiple, why = self._grouped
+        if spec.moe.moe_intermediate_size % multiple:
+            raise UserError(f"moe_intermediate_size {spec.moe.moe_intermediate_size} is no multiple of {why}")
         if self.wire == "fp8" and spec.hidden_size % FP8_BLOCK:
             raise UserError(
                 f"layout.wire fp8 sends 1 x {FP8_BLOCK} tiles, and hidden_size {spec.hidden_size} is no "

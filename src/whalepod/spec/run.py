@@ -35,7 +35,7 @@ class LayoutConfig(_Section):
     stages_per_rank: int | None = None
     stage_layers: tuple[int, ...] | None = None
     recompute: Recompute = "none"
-    exchange: Exchange = "flat"
+    exchange: Exchange = "auto"
     wire: Wire = "bf16"
     devices_per_node: int = 8
     micro_batch: int = 8

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,6 @@ class Trainer:
         self.layout: Layout = config.make_layout()
         self.folder = Path(config.out)
         self.progress = Progress()
-        self.skipped = 0
         self._skipped_in_a_row = 0
         length = config.data.sequence_length
         self.extra = 1 + spec.num_nextn_predict_layers
@@ -78,6 +77,11 @@ class Trainer:
         self.state: TrainingState = self.parallel.state
         self.optimizer = _adamw(self.state, config)
         set_balance_weight(self.parallel.routers, config.loss.sequence_balance, self.layout.global_batch)
+
+    @property
+    def _sequences_seen(self) -> int:
+        """Not the step times the batch: another layout may have had another batch."""
+        return self.progress.tokens // self.config.data.sequence_length
 
     def restore(self) -> None:
         """Takes up the newest whole checkpoint of the run's folder, if there is one."""
@@ -99,7 +103,7 @@ class Trainer:
         """One optimiser step. Returns the global sums of main and MTP loss per token, and the norm."""
         config, layout, dp = self.config, self.layout, self.mesh["dp"]
         rows = torch.from_numpy(
-            self.data.batch(self.progress.step, layout.global_batch, dp.rank, dp.size)
+            self.data.batch_at(self._sequences_seen, layout.global_batch, dp.rank, dp.size)
         ).to(self.mesh.device)
         tokens_in_step = layout.global_batch * config.data.sequence_length
         sums = self.parallel.backward(rows, tokens_in_step, config.loss.mtp_weight)
@@ -114,7 +118,7 @@ class Trainer:
             self._skipped_in_a_row = 0
         else:
             # A NaN or infinity anywhere makes the norm so: the weights stay as they were.
-            self.skipped += 1
+            self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
             self._skipped_in_a_row += 1
             if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise UserError(
@@ -172,17 +176,18 @@ class Trainer:
             while self.progress.step < end:
                 start = time.perf_counter()
                 main, mtp, norm = self.step()
-                load: Load | None = balance_step(
-                    self.parallel.routers, config.loss.bias_update_speed, self.mesh
-                )
+                # The loads of a step that was skipped say nothing either.
+                speed = config.loss.bias_update_speed if math.isfinite(norm) else 0.0
+                load: Load | None = balance_step(self.parallel.routers, speed, self.mesh)
                 loss = main.item()
                 seconds = time.perf_counter() - start
                 timed.append(seconds)
                 rate = self.optimizer.param_groups[0]["lr"]
-                self.progress = Progress(
-                    self.progress.step + 1,
-                    self.progress.tokens + tokens_in_step,
-                    self.progress.seconds + seconds,
+                self.progress = replace(
+                    self.progress,
+                    step=self.progress.step + 1,
+                    tokens=self.progress.tokens + tokens_in_step,
+                    seconds=self.progress.seconds + seconds,
                 )
                 step = self.progress.step
                 last = step == end
@@ -203,7 +208,7 @@ class Trainer:
                             memory_gib=memory,
                             expert_load_worst=load.worst if load else None,
                             expert_load_mean=load.mean if load else None,
-                            skipped_steps=self.skipped,
+                            skipped_steps=self.progress.skipped,
                             validation_loss=validation,
                         )
                     )

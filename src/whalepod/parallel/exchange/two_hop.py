@@ -9,7 +9,7 @@ where the token entered the node, and one row crosses back.
 V3's router lets a token reach 4 nodes at most: 8 picks, but 4 crossings. FP8 parcels are passed on as they
 came, so a row is rounded once.
 
-With one node the first hop is empty, with one rank to a node the second is.
+With one node there is no first hop, with one rank to a node the second is empty.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ class TwoHop(Exchange):
 
     def route(self, ids_TK: Tensor, num_local: int) -> Route:
         splits = self.splits(ids_TK, num_local)
+        if self.rail.size == 1:
+            return Route(self._within(splits, num_local, ids_TK), None, splits.picks)
         node_TK = ids_TK // (num_local * self.node.size)
         fan = fan_to_columns(_reached(node_TK, self.rail.size), sum(splits.rail_send))
         away = [node != self.rail.rank for node in range(self.rail.size)]

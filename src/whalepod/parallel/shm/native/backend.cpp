@@ -183,6 +183,10 @@ class ShmBackend final : public c10d::Backend {
     return reduce_scatter_each(OpType::REDUCE_SCATTER_TENSOR_COALESCED, outputs, inputs, opts);
   }
 
+  // Peers compare sizes with each other as they copy; what a rank keeps is compared here.
+  void check_own(size_t out, size_t in) const {
+    TORCH_CHECK(out == in, "all_to_all: rank ", rank_, " sends itself ", in, " bytes but expects ", out);
+  }
   WorkPtr alltoall_base(Tensor& output, Tensor& input, std::vector<int64_t>& output_splits,
                         std::vector<int64_t>& input_splits, const c10d::AllToAllOptions& opts) override {
     if (!is_plain(output) || !is_plain(input))
@@ -191,6 +195,7 @@ class ShmBackend final : public c10d::Backend {
     const Target out(output);
     const Tensor in = flat(input);
     auto to = rows(out.flat, output_splits, size_), from = rows(in, input_splits, size_);
+    check_own(to[rank_].bytes, from[rank_].bytes);
     return queue(OpType::ALLTOALL_BASE, "whale:all_to_all", {input}, {output}, opts,
                  [in, out, from = std::move(from), to = std::move(to)](Collectives& run, Deadline until) {
                    run.all_to_all(from, to, until);
@@ -202,6 +207,7 @@ class ShmBackend final : public c10d::Backend {
     TORCH_CHECK(static_cast<int>(outputs.size()) == size_ && static_cast<int>(inputs.size()) == size_,
                 "all_to_all takes lists of ", size_, " tensors");
     if (!are_plain(outputs) || !are_plain(inputs)) return gloo().alltoall(outputs, inputs, opts);
+    check_own(outputs[rank_].nbytes(), inputs[rank_].nbytes());
     return queue(OpType::ALLTOALL, "whale:all_to_all", inputs, outputs, opts,
                  [in = flat(inputs), out = targets(outputs)](Collectives& run, Deadline until) {
                    run.all_to_all(spans(in), spans(flats(out)), until);

@@ -11,7 +11,9 @@
 #include <algorithm>
 #include <cerrno>
 #include <climits>
+#include <cstdlib>
 #include <cstring>
+#include <thread>
 
 namespace whale {
 namespace {
@@ -97,8 +99,22 @@ Segment::Segment(int fd, int rank, int num_ranks, uint64_t nonce0, uint64_t nonc
     munmap(base_, bytes_);
     throw GroupError(mine ? "pidfd_open is not to be had" : "another group's memory");
   }
-  cpu_set_t cpus;
-  may_spin_ = sched_getaffinity(0, sizeof cpus, &cpus) == 0 && CPU_COUNT(&cpus) >= num_ranks;
+  may_spin_ = every_rank_has_a_core(pids);
+}
+
+// Of all the ranks on this host, of which the group may be a part; each may be bound to cores of its own.
+bool Segment::every_rank_has_a_core(const std::vector<int>& pids) {
+  cpu_set_t all, own;
+  CPU_ZERO(&all);
+  for (int pid : pids) {
+    if (sched_getaffinity(pid, sizeof own, &own) != 0) return false;
+    CPU_OR(&all, &all, &own);
+  }
+  const char* local = std::getenv("LOCAL_WORLD_SIZE");
+  const int neighbours = local == nullptr ? 0 : std::atoi(local);
+  if (neighbours <= static_cast<int>(pids.size())) return CPU_COUNT(&all) >= static_cast<int>(pids.size());
+  // Ranks outside the group take their share of the same cores.
+  return std::thread::hardware_concurrency() >= static_cast<unsigned>(neighbours);
 }
 
 Segment::~Segment() {

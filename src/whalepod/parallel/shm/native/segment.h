@@ -100,6 +100,7 @@ class Segment {
   size_t bytes_ = 0;
   size_t desks_ = 0, pipes_ = 0, notes_ = 0, slots_ = 0, pipe_data_ = 0;  // offsets
   size_t note_bytes_ = 0;
+  static bool every_rank_has_a_core(const std::vector<int>& pids);
   bool may_spin_ = false;
   std::vector<int> pidfds_;
   std::atomic<bool> stopped_{false};
