@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
@@ -27,6 +30,7 @@ from whalepod.train.data import PackedTokens, TokenFiles, prepare
 from whalepod.train.loop import RunResult, run_rank
 
 _USER_MISTAKE = "user mistake: "
+_CONSEQUENCE = re.compile(r"is gone|broken|Connection closed|Signal \d+ \(SIGTERM\)")
 
 
 def train(
@@ -183,7 +187,10 @@ def _local_workers(config: RunConfig, files: TokenFiles, until: int | None, quie
     )
     with _environment("OMP_NUM_THREADS", None if threads is None else str(threads)):
         try:
-            results = elastic_launch(launch, _worker)(config.model_dump_json(), files, until, quiet, threads)
+            with _quiet_launcher():
+                results = elastic_launch(launch, _worker)(
+                    config.model_dump_json(), files, until, quiet, threads
+                )
         except ChildFailedError as error:
             raise _explain(error) from None
     return results[0]
@@ -211,13 +218,36 @@ def _take_cores(threads: int | None) -> None:
         os.sched_setaffinity(0, cores[rank * threads : (rank + 1) * threads])
 
 
+@contextmanager
+def _quiet_launcher() -> Iterator[None]:
+    """Without the launcher's own report of a worker's failure, a page long: `_explain` says it in a line."""
+    names = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
 def _explain(error: ChildFailedError) -> Exception:
-    rank, failure = error.get_first_failure()
-    message = failure.message
-    text = message if isinstance(message, str) else str(message.get("message", message))
-    if _USER_MISTAKE in text:
-        return UserError(text.split(_USER_MISTAKE, 1)[1].splitlines()[0])
-    return RuntimeError(f"worker {rank} failed (exit code {failure.exitcode}): {text}")
+    """What went wrong first: not a worker that lost its peer, or was ended for its sake."""
+    told: list[tuple[int, int, str, str]] = []
+    for rank, failure in error.failures.items():
+        message: Any = failure.message
+        details: dict[str, Any] = message if isinstance(message, dict) else {"message": str(message)}
+        text = str(details.get("message", details))
+        if _USER_MISTAKE in text:
+            return UserError(text.split(_USER_MISTAKE, 1)[1].splitlines()[0])
+        trace = str(details.get("extraInfo", {}).get("py_callstack", ""))
+        told.append((bool(_CONSEQUENCE.search(text)), rank, f"exit code {failure.exitcode}): {text}", trace))
+    _, rank, text, trace = min(told)
+    problem = RuntimeError(f"worker {rank} failed ({text}")
+    problem.add_note(trace)
+    return problem
 
 
 @contextmanager
