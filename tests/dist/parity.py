@@ -92,6 +92,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"tp": 2, "ep": 2},
         {"tp": 2, "recompute": "full"},
         {"tp": 2, "ep": 2, "recompute": "selective"},
+        {"tp": 2, "ep": 2, "exchange": "flat"},
         {"pp": 2, "recompute": "selective"},
         {"pp": 2, "schedule": "interleaved", "recompute": "full"},
         {"dp_shard": 2, "ep": 2, "recompute": "selective"},
@@ -117,7 +118,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"dp_shard": 2, "ep": 2, "pp": 2},
         {"dp_shard": 2, "pp": 2, "schedule": "dualpipev"},
         {"dp_shard": 2, "ep": 2, "pp": 2, "schedule": "zbv", "zero": 1},
-        {"dp_shard": 4, "ep": 4},
+        {"dp_shard": 4, "ep": 4, "exchange": "flat"},
         _two_hop(dp_shard=4, ep=4),
         _two_hop(dp_shard=2, tp=2, ep=4, recompute="selective"),
     ],
@@ -138,7 +139,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         _two_hop(pp=2, cp=2, tp=2, ep=4),
         _two_hop(dp_shard=2, cp=2, tp=2, ep=4, recompute="full"),
         {"dp_shard": 8},  # which 12 experts are no multiple of
-        {"dp_replicate": 2, "cp": 2, "tp": 2, "ep": 2},
+        {"dp_replicate": 2, "cp": 2, "tp": 2, "ep": 2, "exchange": "flat"},
         {"pp": 2, "dp_replicate": 2, "dp_shard": 2, "ep": 2, "schedule": "interleaved_zero_bubble"},
     ],
 }  # fmt: skip

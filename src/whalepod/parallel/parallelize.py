@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from whalepod.models.attention import Attend
-from whalepod.models.moe import LocalDispatcher, MoELayer, Router
+from whalepod.models.moe import MoELayer, Router
 from whalepod.models.transformer import Losses, Transformer, initial_value, target_windows
 from whalepod.parallel.context import context_attend, positions
 from whalepod.parallel.exchange import make_dispatcher
@@ -26,7 +26,7 @@ from whalepod.parallel.sharded import Sharded
 from whalepod.parallel.sharding import Held, shard_parameters
 from whalepod.parallel.stage import Stage, make_stages, shared_parameters, tie_stages
 from whalepod.parallel.state import TrainingState, sum_in_buckets
-from whalepod.parallel.tensor import TensorDispatcher, split_tensors
+from whalepod.parallel.tensor import split_tensors
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.schedule import RULES
 from whalepod.spec.stages import split_stages
@@ -175,13 +175,7 @@ def parallelize(model: Transformer, mesh: Mesh, sequence_length: int, seed: int 
 
 
 def _spread_experts(part: nn.Module, mesh: Mesh) -> None:
-    layout = mesh.layout
-    if layout.ep > 1:
-        dispatcher = make_dispatcher(layout, mesh)
-    elif layout.tp > 1:
-        dispatcher = TensorDispatcher(mesh["tp"])
-    else:
-        dispatcher = LocalDispatcher()
+    dispatcher = make_dispatcher(mesh.layout, mesh)
     for module in part.modules():
         if not isinstance(module, MoELayer):
             continue

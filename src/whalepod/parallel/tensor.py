@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from whalepod.models.attention import Attention
 from whalepod.models.loss import partial_head_loss
 from whalepod.models.mlp import SwiGLU
-from whalepod.models.moe import GroupPlan, LocalDispatcher, MoELayer, Rows
+from whalepod.models.moe import LocalDispatcher, MoELayer
 from whalepod.parallel.comm import Axis
 
 
@@ -117,19 +117,3 @@ def _experts_layer(module: MoELayer, tp: Axis, x_BSD: Tensor) -> Tensor:
     if module.shared_experts is not None:
         out = out + module.shared_experts(x)
     return tp.reduce_scatter(out).view_as(x_BSD)
-
-
-class TensorDispatcher(LocalDispatcher):
-    """Experts whose width is split over `tp`: every rank runs all tokens of the `tp` ranks."""
-
-    def __init__(self, tp: Axis) -> None:
-        self._tp = tp
-
-    def start(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int
-    ) -> tuple[Rows, GroupPlan]:
-        x, ids, weights = (self._tp.gather(t) for t in (x_TD, ids_TK, weights_TK))
-        return self.dispatch(x, ids, weights, num_experts)
-
-    def combine(self, y_ND: Tensor, plan: GroupPlan) -> Tensor:
-        return self._tp.reduce_scatter(super().combine(y_ND, plan))

@@ -77,7 +77,7 @@ class Layout:
     recompute: activations recomputed in the backward pass: `none`; `selective` (norms, MLA
     up-projections, SwiGLU: DeepSeek-V3, section 3.2.3); `full` (every block).
     exchange, wire, devices_per_node: how tokens travel to experts and back, and where nodes end; `auto` is
-    DeepEP on CUDA where it is installed, else `flat`.
+    DeepEP on CUDA where it is installed, else `two_hop`.
     micro_batch: sequences per device and forward pass. global_batch: sequences per step, over all
     devices. precision: of compute; masters, gradient sums and reductions are float32.
     """

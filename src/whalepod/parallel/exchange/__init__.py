@@ -8,8 +8,8 @@ travel twice in each direction of a step. How they travel is a protocol behind `
               (DeepSeek-V3, section 3.2.2)
 
 either with activations as they are on the wire, or in FP8 (`wire.py`). `trip.py` is what they share: the
-legs there and back, and the overlap with the shared expert. Unless the layout names a protocol, DeepEP is
-used on CUDA where it is installed.
+legs there and back, and the overlap with the shared expert. Unless the layout names a protocol, it is
+DeepEP on CUDA where that is installed, and two_hop elsewhere.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def make_dispatcher(layout: Layout, mesh: Mesh) -> Dispatcher:
     on_cuda = mesh.device.type == "cuda" and layout.precision != "fp32"
     if layout.exchange == "auto" and on_cuda and deepep.is_installed():
         return deepep.DeepEP(mesh["ep"], layout.wire)
-    if layout.exchange == "two_hop":
-        return TwoHop(mesh["ep_rail"], mesh["ep_node"], layout.wire)
-    return Flat(mesh["ep"], layout.ep_node, layout.wire)
+    if layout.exchange == "flat":
+        return Flat(mesh["ep"], layout.ep_node, layout.wire)
+    # Also within one node, where it is one hop: a token goes to a rank once, whatever it picked there.
+    return TwoHop(mesh["ep_rail"], mesh["ep_node"], layout.wire)
