@@ -39,7 +39,7 @@ NODES, RANKS_PER_NODE = 2, 4
 LINK = "slow0"
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29511  # nothing else listens in a namespace of our own
-ARMS = [(e, w) for e in get_args(spec_layout.Exchange) for w in get_args(spec_layout.Wire)]
+ARMS = [(e, w) for e in ("flat", "two_hop") for w in get_args(spec_layout.Wire)]
 
 
 # ------------------------------------------------------------------------------------- the two nodes

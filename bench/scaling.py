@@ -1,6 +1,6 @@
 """What a second worker brings: one core each, the same global batch, every way of dividing the work.
 
-    python bench/scaling.py [--rounds 5] [--steps 2] [--global-batch 64] [--arms dp pp ...]
+    python bench/scaling.py [--rounds 5] [--steps 1] [--global-batch 128] [--arms dp pp ...]
 
 One pair of workers lives through the whole bench, each bound to a core of its own, and holds a Trainer for
 every arm: the same model (v3-mini on Python's standard library, BF16 with FP32 masters), data and step as
@@ -62,9 +62,9 @@ ONE: dict[str, Any] = {"micro_batch": 16}
 ARMS: dict[str, dict[str, Any]] = {
     "dp": {"dp_replicate": 2, "micro_batch": 16},
     # A V puts both ends of the model on one rank, so that its two stages can be balanced against the other
-    # rank's to half a layer; of the schedules over a V this one splits fewest backward passes. Eight
-    # sequences: smaller products slow the experts down by more than their bubble is worth.
-    "pp": {"pp": 2, "schedule": "dualpipev", "micro_batch": 8},
+    # rank's to half a layer; of the schedules over a V this one splits fewest backward passes. Sixteen
+    # sequences, as alone: smaller products slow the experts down by more than their bubble is worth.
+    "pp": {"pp": 2, "schedule": "dualpipev", "micro_batch": 16},
     # Within a host `two_hop` is one hop, and a token travels once however many experts it has over there.
     "ep": {"dp_shard": 2, "ep": 2, "zero": 1, "exchange": "two_hop", "micro_batch": 16},
     "tp": {"tp": 2, "micro_batch": 16},
@@ -262,9 +262,9 @@ def summary(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="of an arm in a round; their median counts")
+    parser.add_argument("--steps", type=int, default=1, help="of an arm in a round; their median counts")
     parser.add_argument("--warmup", type=int, default=2, help="steps of every arm before the first round")
-    parser.add_argument("--global-batch", type=int, default=64)
+    parser.add_argument("--global-batch", type=int, default=128)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--model", default="v3-mini")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
