@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any, get_args
@@ -128,7 +129,7 @@ def worker(options: argparse.Namespace) -> None:
         weight = torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(0))
         router.weight.copy_(weight * options.hidden**-0.5)
         ids, weights = router(x.unsqueeze(0))
-        exchanges = [make_dispatcher(layout_of(*arm), mesh) for arm in ARMS]
+        exchanges = [make_dispatcher(replace(mesh, layout=layout_of(*arm))) for arm in ARMS]
         measured: list[list[dict[str, float]]] = [[] for _ in ARMS]
         for turn in range(options.rounds + 1):
             for arm, exchange in zip(measured, exchanges, strict=True):

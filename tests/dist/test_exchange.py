@@ -77,7 +77,7 @@ def shared_out(layer: MoELayer, mesh: Mesh) -> MoELayer:
     for name, weight in list(part.experts.named_parameters()):
         mine = weight.detach().chunk(ep.size)[ep.rank].clone()
         setattr(part.experts, name, nn.Parameter(mine))
-    part.dispatcher = make_dispatcher(mesh.layout, mesh)
+    part.dispatcher = make_dispatcher(mesh)
     return part
 
 
@@ -186,7 +186,7 @@ def fp8_rounds_once_and_halves() -> None:
     for (ep, node), exchange in itertools.product(PLACES, PROTOCOLS):
         for dtype in (torch.float32, torch.bfloat16):
             exact, fp8 = (
-                make_dispatcher(mesh.layout, mesh)
+                make_dispatcher(mesh)
                 for mesh in (mesh_of(ep, node, exchange, wire) for wire in ("bf16", "fp8"))
             )
             x, ids, weights = pick(mesh_of(ep, node, exchange), dtype)
@@ -365,7 +365,7 @@ def test_tiles_are_blocks_of_one_row() -> None:
 
 def test_one_device_needs_no_exchange() -> None:
     mesh = Mesh(torch.device("cpu"), Layout(), {})
-    assert isinstance(make_dispatcher(Layout(), mesh), LocalDispatcher)
+    assert isinstance(make_dispatcher(mesh), LocalDispatcher)
     assert not deepep.is_installed()
 
 
@@ -382,7 +382,7 @@ def deepep_against_flat(wire: Wire) -> None:
     layout = Layout(dp_shard=2, ep=2, wire=wire, global_batch=2)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     with open_mesh(layout, device) as mesh:
-        assert isinstance(make_dispatcher(layout, mesh), deepep.DeepEP)
+        assert isinstance(make_dispatcher(mesh), deepep.DeepEP)
         generator = torch.Generator().manual_seed(mesh.world.rank)
         x, pull = (torch.randn(1, 256, 1024, generator=generator).to(device, torch.bfloat16) for _ in "ab")
         part = shared_out(whole_layer(V3.with_(hidden_size=1024), torch.bfloat16).to(device), mesh)

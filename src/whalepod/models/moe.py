@@ -310,13 +310,13 @@ class MoELayer(nn.Module):
         )
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        x_TD = x_BSD.flatten(0, 1)
-        ids_TK, weights_TK = self.gate(x_BSD)
+        return self.run(x_BSD.flatten(0, 1), *self.gate(x_BSD)).view_as(x_BSD)
+
+    def run(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """[T, D]: each token's experts, routed as given, and the shared ones."""
         sent = self.dispatcher.start(x_TD, ids_TK, weights_TK, self.gate.weight.shape[0])
         # Here, and not after the routed experts: it computes while tokens travel.
         shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
         rows, plan = self.dispatcher.finish(sent)
         out_TD = self.dispatcher.combine(self.experts(rows), plan)
-        if shared_TD is not None:
-            out_TD = out_TD + shared_TD
-        return out_TD.view_as(x_BSD)
+        return out_TD if shared_TD is None else out_TD + shared_TD

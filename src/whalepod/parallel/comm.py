@@ -1,19 +1,21 @@
 """The one place that calls collectives: it counts their calls and bytes by axis and operation.
 
 An `Axis` is a group of ranks with a name. Its plain methods work in place or into given buffers.
-`gather`, `reduce_scatter` and `all_to_all` can be differentiated: each one's backward pass is its
-transpose, so that gradients come out right when every rank adds its own share of the one global
-loss (and no share is added twice).
+`gather` and `reduce_scatter` can be differentiated: each one's backward pass is the other, so that
+gradients come out right when every rank adds its own share of the one global loss (and no share is
+added twice). torch's own differentiable collectives do the same, but what their backward passes send
+would go uncounted.
 
-They are functional collectives (tensors in, new tensors out), so selective recomputation keeps
-their results instead of communicating again: `SAVED_BY_RECOMPUTE`.
+They and `start_all_to_all` are functional collectives (tensors in, new tensors out), so selective
+recomputation keeps their results instead of communicating again: `SAVED_BY_RECOMPUTE`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
+Move = Callable[[Tensor], Tensor]
 _ops = torch.ops._c10d_functional
 
 SAVED_BY_RECOMPUTE = (
@@ -91,22 +94,22 @@ class Axis:
 
     def gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Every rank's tensor (equal shapes), joined along `dim` in rank order. Differentiable."""
-        return tensor if self.size == 1 else _Gather.apply(tensor, self, dim)
+        if self.size == 1:
+            return tensor
+        return _Moved.apply(tensor, partial(self._gathered, dim=dim), partial(self._reduced, dim=dim))
 
     def reduce_scatter(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """This rank's part along `dim` of the sum over the axis. Differentiable.
 
         `dim` must be a multiple of the axis's size.
         """
-        return tensor if self.size == 1 else _ReduceScatter.apply(tensor, self, dim)
-
-    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """Sends `send[i]` consecutive rows to rank i and returns `receive[i]` rows of each rank i, in
-        rank order. Differentiable."""
-        return rows if self.size == 1 else _AllToAll.apply(rows, self, list(send), list(receive))
+        if self.size == 1:
+            return tensor
+        return _Moved.apply(tensor, partial(self._reduced, dim=dim), partial(self._gathered, dim=dim))
 
     def start_all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """The same without gradient, and at once: `wait(result)` before reading it."""
+        """Starts to send `send[i]` consecutive rows to rank i; `wait` on the result for `receive[i]` rows of
+        each rank i, in rank order. Not differentiable."""
         if self.size == 1:
             return rows
         assert len(rows) == sum(send)
@@ -163,40 +166,18 @@ def wait(tensor: Tensor) -> Tensor:
     return _ops.wait_tensor(tensor)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return axis._gathered(tensor, dim)
+class _Moved(torch.autograd.Function):
+    """A move of data `there`, whose transpose is `back`."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.axis._reduced(grad, ctx.dim), None, None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return axis._reduced(tensor, dim)
+    def forward(ctx: Any, tensor: Tensor, there: Move, back: Move) -> Tensor:
+        ctx.back = back
+        return there(tensor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.axis._gathered(grad, ctx.dim), None, None
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, axis: Axis, send: list[int], receive: list[int]) -> Tensor:
-        ctx.axis, ctx.send, ctx.receive = axis, send, receive
-        return wait(axis.start_all_to_all(rows, send, receive))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return wait(ctx.axis.start_all_to_all(grad, ctx.receive, ctx.send)), None, None, None
+        return ctx.back(grad), None, None
 
 
 class CountedGather(AllGather):

@@ -153,7 +153,7 @@ def parallelize(model: Transformer, mesh: Mesh, sequence_length: int, seed: int 
     held: dict[str, Held] = {}
     for part in parts:
         held |= shard_parameters(part, mesh)
-        split_tensors(part, mesh["tp"])
+        split_tensors(part, mesh)
         _spread_experts(part, mesh)
         apply_recompute(part, layout.recompute, mesh.traffic)
 
@@ -175,7 +175,7 @@ def parallelize(model: Transformer, mesh: Mesh, sequence_length: int, seed: int 
 
 
 def _spread_experts(part: nn.Module, mesh: Mesh) -> None:
-    dispatcher = make_dispatcher(mesh.layout, mesh)
+    dispatcher = make_dispatcher(mesh)
     for module in part.modules():
         if not isinstance(module, MoELayer):
             continue

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from whalepod.models.attention import Attend
@@ -28,7 +28,6 @@ from whalepod.parallel.comm import Axis
 from whalepod.parallel.parallelize import DTYPES, Parallel
 from whalepod.parallel.stage import Stage
 from whalepod.spec.errors import UserError
-from whalepod.spec.model import ModelSpec
 from whalepod.spec.schedule import rank_of_stage
 
 
@@ -40,7 +39,9 @@ def greedy(parallel: Parallel, prompt_ids: list[int], max_new_tokens: int) -> li
     vocabulary, more positions than the model has, or a layout with context parallelism.
     """
     mesh = parallel.mesh
-    _check(parallel.spec, prompt_ids, max_new_tokens, mesh.layout.cp)
+    if (cp := mesh["cp"].size) > 1:
+        raise UserError(f"layout.cp {cp}: a prompt cannot be cut over context-parallel ranks yet; use cp 1")
+    parallel.spec.check_prompt(prompt_ids, max_new_tokens)
     stages = {part.index if isinstance(part, Stage) else 0: part for part in parallel.parts}
     for part in stages.values():
         module: Any = part
@@ -84,16 +85,12 @@ def _next(parallel: Parallel, stages: dict[int, Transformer], tokens_BS: Tensor,
 def _predict(part: Transformer, tp: Axis, attend: Attend, x: Tensor, length: int, last: int) -> Tensor:
     """Tokens [1, S], or hidden states [1, S / tp, D] of the stage before, to those after this part's layers;
     where the head is, to the logits [V / tp] that this rank has of position `last`."""
-    tables = part._tables(x, torch.arange(length, device=x.device))
-    if not isinstance(part, Stage) or part.is_first:
-        x = part.embed_tokens(x)
-    for layer in part.layers.values() if isinstance(part.layers, nn.ModuleDict) else part.layers:
-        x = layer(x, tables, attend)
+    x = part.hidden(x, torch.arange(length, device=x.device), attend)
     if isinstance(part, Stage) and not part.is_last:
         return x
     # Every rank offers the row at the place of the wanted one in its part; one of them is it.
     rank, place = divmod(last, x.shape[1])
-    row = tp.gather(part.norm(x[:, place]))[rank]
+    row = tp.gather(x[:, place])[rank]
     return F.linear(row, part.lm_head.weight)
 
 
@@ -104,19 +101,3 @@ def _best(logits: Tensor, tp: Axis) -> Tensor:
     pair = torch.stack((logits[own].double(), (own + tp.rank * len(logits)).double()))
     pairs = tp.gather(pair.unsqueeze(0))
     return pairs[pairs[:, 0].argmax(), 1].long()
-
-
-def _check(spec: ModelSpec, prompt: list[int], max_new_tokens: int, cp: int) -> None:
-    if cp > 1:
-        raise UserError(f"layout.cp {cp}: a prompt cannot be cut over context-parallel ranks yet; use cp 1")
-    if not prompt:
-        raise UserError("the prompt is empty")
-    if not 0 <= min(prompt) <= max(prompt) < spec.vocab_size:
-        raise UserError(f"token ids must be between 0 and {spec.vocab_size - 1}, the model's vocabulary")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if (length := len(prompt) + max_new_tokens) > spec.max_position_embeddings:
-        raise UserError(
-            f"prompt of {len(prompt)} and {max_new_tokens} new tokens need {length} positions, more than the "
-            f"model's {spec.max_position_embeddings}"
-        )

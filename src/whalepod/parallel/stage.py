@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from whalepod.models.attention import Attend, causal
+from whalepod.models.attention import Attend, Tables, causal
 from whalepod.models.loss import head_loss
 from whalepod.models.transformer import Transformer
 from whalepod.parallel.comm import Axis
@@ -71,19 +71,20 @@ class Stage(Transformer):
 
         positions: [S] or [b, S], for every stage. targets_BSK is read by the last.
         """
-        if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)
         cos_sin = self._tables(x, positions)
-        if self.is_first:
-            x = self.embed_tokens(x)
-        for layer in cast(nn.ModuleDict, self.layers).values():
-            x = layer(x, cos_sin, self.attend)
+        x = self._blocks(x, cos_sin, self.attend)
         if not self.is_last:
             return x
         assert targets_BSK is not None
-        losses = self.losses(self.norm(x), targets_BSK, cos_sin, self.attend)
+        losses = self.losses(x, targets_BSK, cos_sin, self.attend)
         # Not a view: torch cuts it from its graph in place.
         return torch.stack([torch.stack([losses.main, *losses.mtp])])
+
+    def _blocks(self, x: Tensor, cos_sin: Tables, attend: Attend) -> Tensor:
+        x = self.embed_tokens(x) if self.is_first else x
+        for layer in cast(nn.ModuleDict, self.layers).values():
+            x = layer(x, cos_sin, attend)
+        return self.norm(x) if self.is_last else x
 
 
 def shared_parameters(spec: ModelSpec) -> tuple[str, ...]:

@@ -3,8 +3,8 @@
 Between matrices each `tp` rank has its own part of the sequence (norms, residuals, router), within
 them all of it and a part of the heads or of the width (arXiv 2205.05198). So a pair of matrices
 costs one gather before it and one reduce-scatter behind it. MLA allows better: its down-projections
-and their norms work on the sequence's part, and what is gathered is their output, the compressed
-query and the latent, 2,112 wide instead of 7,168 in DeepSeek-V3.
+work on the sequence's part, and what is gathered is their output, the compressed query and the
+latent, 2,112 wide instead of 7,168 in DeepSeek-V3.
 
 Nothing is computed twice in a way that would reach the loss twice, so the gradient of a weight that
 `tp` repeats is the sum of the ranks' gradients.
@@ -22,18 +22,20 @@ from torch import Tensor, nn
 from whalepod.models.attention import Attention
 from whalepod.models.loss import partial_head_loss
 from whalepod.models.mlp import SwiGLU
-from whalepod.models.moe import LocalDispatcher, MoELayer
+from whalepod.models.moe import MoELayer
 from whalepod.parallel.comm import Axis
+from whalepod.parallel.mesh import Mesh
 
 
-def split_tensors(part: nn.Module, tp: Axis) -> None:
+def split_tensors(part: nn.Module, mesh: Mesh) -> None:
     """Puts the moves around the modules of a part whose parameters are this rank's shares."""
+    tp = mesh["tp"]
     if tp.size == 1:
         return
     served: set[nn.Module | None] = set()  # shared experts whose layer makes their moves
     for name, found in part.named_modules():
         module: Any = found
-        if isinstance(found, MoELayer) and _is_split(found):
+        if isinstance(found, MoELayer) and mesh.layout.expert_tp > 1:
             module.forward = partial(_experts_layer, found, tp)
             served.add(found.shared_experts)
         elif isinstance(found, nn.Embedding):
@@ -102,18 +104,8 @@ def vocabulary_loss(tp: Axis, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tens
     return partial_head_loss(tp.gather(x_BSD, 1), weight_VD, targets_BS, tp.rank * rows, combine)
 
 
-def _is_split(module: MoELayer) -> bool:
-    """Whether experts are split by width, and not shared out whole."""
-    return module.experts.gate_up.shape[2] < module.gate.config.moe_intermediate_size
-
-
 def _experts_layer(module: MoELayer, tp: Axis, x_BSD: Tensor) -> Tensor:
-    """Experts split by width: every rank runs all tokens of the `tp` ranks, and routed and shared experts
-    have one gather and one reduce-scatter between them."""
-    local = LocalDispatcher()
-    x, ids, weights = (tp.gather(t) for t in (x_BSD.flatten(0, 1), *module.gate(x_BSD)))
-    rows, plan = local.dispatch(x, ids, weights, module.gate.weight.shape[0])
-    out = local.combine(module.experts(rows), plan)
-    if module.shared_experts is not None:
-        out = out + module.shared_experts(x)
-    return tp.reduce_scatter(out).view_as(x_BSD)
+    """Experts split by width: each rank routes its part of the tokens, and every rank runs all of them.
+    Routed and shared experts have one gather and one reduce-scatter between them."""
+    routed = (x_BSD.flatten(0, 1), *module.gate(x_BSD))
+    return tp.reduce_scatter(module.run(*(tp.gather(t) for t in routed))).view_as(x_BSD)

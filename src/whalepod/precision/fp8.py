@@ -72,16 +72,24 @@ def quantize_blocks(
         largest = blocks.abs().amax((-3, -1))
         if not bool((largest <= _LARGEST).all()):  # NaN compares false
             raise UserError("a weight with NaN, infinity or a magnitude above 3e38 has no FP8 form")
-        scale = (largest / FP8_MAX).clamp_min(_SMALLEST_SCALE)
-        if scale_fmt == "ue8m0":
-            mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1): 0.5 is a power of two already
-            scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
-        scale = scale.masked_fill(largest == 0, 1.0)
-        # The cast does not saturate: what rounding lifts above 448 would become NaN.
-        scaled = (blocks / scale[..., :, None, :, None]).clamp(-FP8_MAX, FP8_MAX)
-        values_part.copy_(_from_blocks(scaled, w_part.shape))
+        scale = _scale(largest, scale_fmt)
+        values_part.copy_(_from_blocks(_scaled(blocks, scale[..., :, None, :, None]), w_part.shape))
         scale_part.copy_(scale)
     return values, scale_inv
+
+
+def _scale(largest: Tensor, scale_fmt: ScaleFormat) -> Tensor:
+    """The scales of groups of numbers with these largest magnitudes."""
+    scale = (largest / FP8_MAX).clamp_min(_SMALLEST_SCALE)
+    if scale_fmt == "ue8m0":
+        mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1): 0.5 is a power of two already
+        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+    return scale.masked_fill(largest == 0, 1.0)
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    # The cast to E4M3 does not saturate: what rounding lifts above 448 would become NaN.
+    return (x / scale).clamp(-FP8_MAX, FP8_MAX)
 
 
 def dequantize_blocks(
@@ -103,10 +111,8 @@ def quantize_tiles(x: Tensor, tile: int = 128) -> tuple[Tensor, Tensor]:
     make the host wait for the device, and a broken activation has to show in the loss, as NaN.
     """
     tiles = x.float().unflatten(-1, (-1, tile))
-    largest = tiles.abs().amax(-1)
-    scale = (largest / FP8_MAX).clamp_min(_SMALLEST_SCALE).masked_fill(largest == 0, 1.0)
-    scaled = (tiles / scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX)
-    return scaled.to(FP8).flatten(-2), scale
+    scale = _scale(tiles.abs().amax(-1), "float32")
+    return _scaled(tiles, scale.unsqueeze(-1)).to(FP8).flatten(-2), scale
 
 
 def dequantize_tiles(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -79,18 +79,8 @@ def generate_ids(
     model has.
     """
     spec = model.spec
-    if not prompt:
-        raise UserError("the prompt is empty")
-    if max(prompt) >= spec.vocab_size:
-        raise UserError(f"token id {max(prompt)} is beyond the model's vocabulary of {spec.vocab_size}")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    spec.check_prompt(prompt, max_new_tokens)
     length = len(prompt) + max_new_tokens
-    if length > spec.max_position_embeddings:
-        raise UserError(
-            f"prompt of {len(prompt)} and {max_new_tokens} new tokens exceed the model's "
-            f"{spec.max_position_embeddings} positions"
-        )
     weight = model.embed_tokens.weight
     generator = torch.Generator(weight.device)
     if sampling.seed is None:

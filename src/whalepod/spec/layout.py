@@ -300,8 +300,8 @@ class Layout:
 
     def _check_experts(self, spec: ModelSpec) -> None:
         if self.ep == 1:
-            for name, default in (("wire", "bf16"), ("exchange", "auto")):
-                if (value := getattr(self, name)) not in (default, "flat"):
+            for name, value in (("wire", self.wire), ("exchange", self.exchange)):
+                if value in ("fp8", "two_hop"):
                     raise UserError(
                         f"layout.{name} {value} has no effect with ep 1: nothing travels to experts"
                     )

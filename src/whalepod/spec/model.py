@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -145,6 +145,21 @@ class ModelSpec:
     @property
     def num_moe_layers(self) -> int:
         return sum(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
+
+    def check_prompt(self, ids: Sequence[int], max_new_tokens: int) -> None:
+        """Raises UserError unless the model can take a prompt of these tokens and write so many after it."""
+        if not ids:
+            raise UserError("the prompt is empty")
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            worst = max(ids) if min(ids) >= 0 else min(ids)
+            raise UserError(f"token id {worst} is beyond the model's vocabulary of {self.vocab_size}")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        if len(ids) + max_new_tokens > self.max_position_embeddings:
+            raise UserError(
+                f"prompt of {len(ids)} and {max_new_tokens} new tokens exceed the model's "
+                f"{self.max_position_embeddings} positions"
+            )
 
     def with_(self, **changes: Any) -> ModelSpec:
         """A copy with fields of the spec or of its attention, experts or rope replaced."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from whalepod.spec.errors import UserError, nearest
-from whalepod.spec.layout import Exchange, Layout, Precision, Recompute, Schedule, Wire
+from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.presets import load_model_spec
 
@@ -21,26 +22,15 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class LayoutConfig(_Section):
-    """The fields of `Layout`; see there."""
+_BATCHES = {"micro_batch": 8, "global_batch": 16}  # of a run that names none
+_LAYOUT_TYPES = get_type_hints(Layout)
+_LAYOUT_FIELDS: dict[str, Any] = {
+    f.name: (_LAYOUT_TYPES[f.name], _BATCHES.get(f.name, f.default)) for f in fields(Layout)
+}
 
-    pp: int = 1
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    cp: int = 1
-    tp: int = 1
-    ep: int = 1
-    zero: Literal[1, 2, 3] = 3
-    schedule: Schedule = "1f1b"
-    stages_per_rank: int | None = None
-    stage_layers: tuple[int, ...] | None = None
-    recompute: Recompute = "none"
-    exchange: Exchange = "auto"
-    wire: Wire = "bf16"
-    devices_per_node: int = 8
-    micro_batch: int = 8
-    global_batch: int = 16
-    precision: Precision = "bf16"
+
+class LayoutConfig(create_model("_LayoutFields", __base__=_Section, **_LAYOUT_FIELDS)):
+    """The fields of `Layout`; see there."""
 
 
 class DataConfig(_Section):

@@ -20,13 +20,13 @@ from whalepod.parallel.exchange.flat import Flat
 from whalepod.parallel.exchange.trip import Exchange
 from whalepod.parallel.exchange.two_hop import TwoHop
 from whalepod.parallel.mesh import Mesh
-from whalepod.spec.layout import Layout
 
 __all__ = ["Exchange", "Flat", "TwoHop", "make_dispatcher"]
 
 
-def make_dispatcher(layout: Layout, mesh: Mesh) -> Dispatcher:
-    """The dispatcher that a layout asks for; one serves all layers of a model."""
+def make_dispatcher(mesh: Mesh) -> Dispatcher:
+    """The dispatcher that the mesh's layout asks for; one serves all layers of a model."""
+    layout = mesh.layout
     if layout.ep == 1:
         return LocalDispatcher()
     on_cuda = mesh.device.type == "cuda" and layout.precision != "fp32"
