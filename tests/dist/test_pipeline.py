@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from whalepod.models.attention import Attention
 from whalepod.models.moe import routers
 from whalepod.models.transformer import Block, MTPBlock, Transformer, init_weights, target_windows
 from whalepod.parallel.comm import Axis, CountedGather, CountedSum, Traffic
@@ -20,7 +22,7 @@ from whalepod.parallel.stage import Stage, make_stages, shared_parameters, tie_s
 from whalepod.spec.layout import Recompute
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.presets import load_model_spec
-from whalepod.spec.schedule import stages_per_rank
+from whalepod.spec.schedule import actions_of, schedule_actions, stages_per_rank
 from whalepod.spec.stages import split_stages
 
 V3: dict[str, Any] = {
@@ -125,8 +127,8 @@ def close(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 
 def check(
     case: Case, schedule: str, recompute: Recompute = "none", layers: tuple[int, ...] | None = None
-) -> None:
-    """Two training steps with an evaluation between, against one device."""
+) -> str:
+    """Two training steps with an evaluation between, against one device. Returns what was checked."""
     what, stages, pp = (
         f"{case.spec.name} {schedule} {recompute} {layers}",
         stages_per_rank(schedule),
@@ -147,14 +149,20 @@ def check(
     split = split_stages(case.spec, pp.size * stages, LENGTH, layers)
     parts = make_stages(whole_model(case.spec), split, schedule, pp)
     tie_stages(parts)
+    passes: list[int] = []
     for part in parts:
         apply_recompute(part, recompute, pp.traffic)
+        for module in part.modules():
+            if isinstance(module, Attention):
+                module.register_forward_hook(lambda *_, index=part.index: passes.append(index))
     hidden = Hidden(MICRO_BATCH, LENGTH, torch.float32)
     pipeline = Pipeline(parts, schedule, case.micro_batches, pp, hidden, torch.device("cpu"), collect)
     data = (case.tokens, case.targets, case.positions)
     first = pipeline.step(*data, case.weights)
     assert len(calls) == case.micro_batches * stages
     check_traffic(case, schedule, stages, pp)
+    if recompute != "none":
+        check_passes(parts, schedule, case.micro_batches, passes)
     assert not buffers(pipeline), "a message's buffer outlives its use"
     for part in parts:
         part.eval()
@@ -186,6 +194,19 @@ def check(
         for name, buffer in part.named_buffers():
             if name.endswith("load"):
                 assert torch.equal(buffer, loads[name]), (what, name)
+    return schedule
+
+
+def check_passes(parts: list[Stage], schedule: str, micro_batches: int, passes: list[int]) -> None:
+    """A block runs forward once, and once more for each pass back through it: for inputs and for weights
+    where they are apart, which they are not on the first stage (torch leaves all of it to the weights)."""
+    steps = schedule_actions(schedule, dist.get_world_size(), None, micro_batches)[dist.get_rank()]
+    backward = Counter(a.stage for step in steps for a in actions_of(step) if a.kind in "BIW")
+    for part in parts:
+        blocks = sum(isinstance(m, Attention) for m in part.modules())
+        split = sum(a.kind == "I" for step in steps for a in actions_of(step) if a.stage == part.index)
+        back = backward[part.index] - (split if part.is_first else 0)
+        assert passes.count(part.index) == blocks * (micro_batches + back), (schedule, part.index)
 
 
 def buffers(pipeline: Pipeline) -> list[Tensor]:
@@ -286,34 +307,44 @@ def check_sharded(schedule: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return ours
 
 
-def two_ranks() -> None:
+def two_ranks() -> Counter[str]:
+    checked: Counter[str] = Counter()
     for kind, names in (("v3", list(MICRO_BATCHES)), ("v2", SOME), ("llama", SOME)):
         for schedule in names:
             case = Case(tiny(kind, 4), MICRO_BATCHES[schedule])
-            check(case, schedule)
+            checked[check(case, schedule)] += 1
     case = Case(tiny("v3", 4), 4)
     for recompute in ("full", "selective"):
-        check(case, "1f1b", recompute)
-        check(case, "interleaved_zero_bubble", recompute)  # goes back through a block twice
+        for schedule in ("1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"):
+            checked[check(case, schedule, recompute)] += 1
     # Nothing but the embedding first, nothing but head and MTP last.
-    check(case, "1f1b", layers=(0, 4))
-    check(case, "interleaved_zero_bubble", layers=(0, 2, 2, 0))
-    check(case, "dualpipev", layers=(1, 1, 2, 0))
+    checked[check(case, "1f1b", layers=(0, 4))] += 1
+    checked[check(case, "interleaved_zero_bubble", layers=(0, 2, 2, 0))] += 1
+    checked[check(case, "dualpipev", layers=(1, 1, 2, 0))] += 1
+    return checked
 
 
-def four_ranks() -> None:
+def four_ranks() -> Counter[str]:
+    checked: Counter[str] = Counter()
     for kind, names in (("v3", list(MICRO_BATCHES)), ("llama", ["1f1b", "zbv"])):
         for schedule in names:
             case = Case(tiny(kind, 8), MICRO_BATCHES[schedule])
-            check(case, schedule)
+            checked[check(case, schedule)] += 1
     for schedule in MICRO_BATCHES:
         check_sharded(schedule, torch.float32)
+        checked[schedule] += 1
     check_sharded("interleaved_zero_bubble", torch.bfloat16)
+    return checked
 
 
 def test_two_ranks_equal_one_device() -> None:
-    run_on_ranks(two_ranks, 2)
+    checked = run_on_ranks(two_ranks, 2)
+    assert checked[0] == checked[1]
+    assert set(checked[0]) == set(MICRO_BATCHES)
+    assert checked[0].total() == 6 + 2 * len(SOME) + 8 + 3
 
 
 def test_four_ranks_equal_one_device_and_shard_their_stages() -> None:
-    run_on_ranks(four_ranks, 4)
+    checked = run_on_ranks(four_ranks, 4)
+    assert all(each == checked[0] for each in checked)
+    assert all(checked[0][schedule] >= 2 for schedule in MICRO_BATCHES)

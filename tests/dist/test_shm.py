@@ -50,13 +50,16 @@ def start(
         timeout=timedelta(seconds=60),
     )
     work(rank, num, *args)
+    (store.parent / f"finished{rank}").touch()
     if destroys:
         dist.destroy_process_group()
 
 
-def launch(num: int, folder: Path, work: Callable[..., None], *args: Any, destroys: bool = True) -> None:
-    """Runs `work(rank, num, *args)` in `num` processes and raises the first error."""
+def launch(num: int, folder: Path, work: Callable[..., None], *args: Any, destroys: bool = True) -> int:
+    """Runs `work(rank, num, *args)` in `num` processes and raises the first error. Returns how many ranks
+    came to the end of it."""
     mp.spawn(start, (num, folder / "store", work, args, destroys), nprocs=num)
+    return len(list(folder.glob("finished*")))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -305,7 +308,7 @@ def ranks_two(rank: int, num: int) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    launch(2, tmp_path, ranks_two)
+    assert launch(2, tmp_path, ranks_two) == 2
 
 
 # torch's own building blocks on it.
@@ -400,7 +403,7 @@ def ranks_four(rank: int, num: int, folder: Path) -> None:
 
 
 def test_four_ranks(tmp_path: Path) -> None:
-    launch(4, tmp_path, ranks_four, tmp_path)
+    assert launch(4, tmp_path, ranks_four, tmp_path) == 4
 
 
 def ranks_many(rank: int, num: int) -> None:
@@ -421,7 +424,7 @@ def ranks_many(rank: int, num: int) -> None:
 
 def test_eight_ranks_on_few_cores(tmp_path: Path) -> None:
     # Programs that destroy no group must end all the same.
-    launch(8, tmp_path, ranks_many, destroys=False)
+    assert launch(8, tmp_path, ranks_many, destroys=False) == 8
 
 
 # What goes wrong, or is not for shared memory.

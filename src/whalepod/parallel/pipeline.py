@@ -34,6 +34,7 @@ from torch.distributed.pipelining.schedules import (
     _ComputationType,
     _PipelineScheduleRuntime,
 )
+from torch.utils.checkpoint import GraphExecGroup
 
 from whalepod.parallel.comm import Axis
 from whalepod.parallel.stage import Stage
@@ -224,7 +225,9 @@ class _TorchStage(PipelineStage):
             self._after_weights()
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        # torch makes a pass for every group of weights; together they go through a recomputed block once.
+        with GraphExecGroup():
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self._after_weights()
 
     def _after_weights(self) -> None:

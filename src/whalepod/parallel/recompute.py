@@ -61,7 +61,7 @@ def _full(found: list[Router]) -> Contexts:
 class _Repeat(AbstractContextManager[None]):
     """A repeated pass: the picks of experts were counted in the first.
 
-    It may be entered again: zero-bubble schedules go back twice, for inputs and for weights.
+    It may be entered again: schedules that split the backward pass go back twice, for inputs and weights.
     """
 
     def __init__(self, found: list[Router]) -> None:
@@ -87,7 +87,7 @@ class _Replay(_Repeat):
     def __enter__(self) -> None:
         super().__enter__()
         self._traffic.paused = True
-        # torch forgets each result as it is used, which would do for one pass back only.
+        # torch forgets each result as it is used, which does for one pass back only.
         self._kept = {op: dict(results) for op, results in self._again.storage.items()}
         self._again.__enter__()
 

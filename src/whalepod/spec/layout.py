@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, get_args
 
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.model import GQA, ModelSpec
-from whalepod.spec.schedule import check_schedule, splits_backward, stages_per_rank
+from whalepod.spec.schedule import check_schedule, stages_per_rank
 from whalepod.spec.stages import split_stages
 
 Precision = Literal["bf16", "fp32", "fp8"]
@@ -237,14 +237,6 @@ class Layout:
             return
         check_schedule(self.schedule, self.pp, self.stages_per_rank, self.accumulation_steps)
         split_stages(spec, self.num_stages, sequence_length, self.stage_layers)
-        if self.recompute != "none" and splits_backward(self.schedule):
-            # torch computes weight gradients group by group, each in a pass of its own, and each pass
-            # would recompute its block: measured, more memory and more time than without.
-            raise UserError(
-                f"layout.recompute {self.recompute} recomputes a block once per weight under schedule "
-                f"{self.schedule}, which splits the backward pass: use recompute none, or schedule 1f1b or "
-                "interleaved"
-            )
 
     def _check_widths(self, spec: ModelSpec) -> None:
         rules = [*self._widths(spec)]

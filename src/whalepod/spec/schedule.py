@@ -114,13 +114,6 @@ def stages_per_rank(name: str, given: int | None = None) -> int:
     return RULES[name].default if given is None else given
 
 
-def splits_backward(name: str) -> bool:
-    """Whether weight gradients are computed apart from those of inputs (W and I)."""
-    return any(
-        a.kind == "W" for steps in schedule_actions(name, 2, None, 4) for s in steps for a in actions_of(s)
-    )
-
-
 def rank_of_stage(name: str, stage: int, pp: int) -> int:
     """The rank that holds `stage`: in a loop stage mod pp; in a V the second half comes back."""
     lap, place = divmod(stage, pp)
