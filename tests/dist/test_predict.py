@@ -99,10 +99,10 @@ def test_says_what_is_wrong_with_a_prompt() -> None:
     parallel = parallelize(Transformer(spec()), mesh, parity.LENGTH)
     for prompt, count, message in [
         ([], 1, "empty"),
-        ([256], 1, "0 and 255"),
-        ([-1], 1, "0 and 255"),
-        ([1], 0, "at least 1"),
-        ([1], 4096, "4097 positions"),
+        ([256], 1, "token id 256 is beyond the model's vocabulary of 256"),
+        ([-1], 1, "token id -1 is beyond the model's vocabulary of 256"),
+        ([1], 0, "at least 1, not 0"),
+        ([1], 4096, "prompt of 1 and 4096 new tokens exceed the model's 4096 positions"),
     ]:
         with pytest.raises(UserError, match=message):
             greedy(parallel, prompt, count)

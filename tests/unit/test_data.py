@@ -319,13 +319,25 @@ def test_batch_mistakes(numbered: Path) -> None:
 
 def test_validation_batches(numbered: Path) -> None:
     batches = list(validation_batches(numbered, 10, 8))
-    assert len(batches) == 12  # 100 windows
-    assert np.array_equal(np.concatenate(batches)[:, 0], np.arange(96) * 10)
-    assert len(list(validation_batches(numbered, 10, 8, limit=3))) == 3
-    halves = [next(iter(validation_batches(numbered, 10, 8, 1, rank=rank, num_ranks=2))) for rank in (0, 1)]
-    assert np.array_equal(np.concatenate(halves), batches[0])
-    (only,) = validation_batches(numbered, 400, 4, extra=2)
+    assert [rows.shape for rows, _ in batches] == [(8, 11)] * 13  # 100 windows
+    assert [counted for _, counted in batches] == [8] * 12 + [4]
+    (only, counted), *rest = validation_batches(numbered, 400, 4, extra=2)
     assert only[:, 0].tolist() == [0, 400, 0, 400]
-    assert only.shape == (4, 402)
+    assert (only.shape, counted, rest) == ((4, 402), 2, [])
+
+
+@pytest.mark.parametrize("limit", [None, 1, 20, 24, 1000])
+@pytest.mark.parametrize(("batch", "num_ranks"), [(1, 1), (8, 1), (8, 2), (12, 3), (64, 4)])
+def test_validation_is_of_the_same_windows_whatever_the_batch(
+    numbered: Path, limit: int | None, batch: int, num_ranks: int
+) -> None:
+    counted: list[int] = []
+    for rank in range(num_ranks):
+        for rows, num in validation_batches(numbered, 10, batch, limit, rank=rank, num_ranks=num_ranks):
+            counted += rows[:num, 0].tolist()
+    assert sorted(counted) == [10 * i for i in range(min(limit or 100, 100))]
+
+
+def test_validation_needs_a_window(numbered: Path) -> None:
     with pytest.raises(UserError, match="one sequence needs"):
         validation_batches(numbered, 5000, 1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from whalepod.models.attention import Attend
+from whalepod.models.loss import IGNORED
 from whalepod.models.moe import MoELayer, Router
 from whalepod.models.transformer import Losses, Transformer, initial_value, target_windows
 from whalepod.parallel.context import context_attend, positions
@@ -87,7 +88,7 @@ class Parallel:
             sums = torch.zeros(1 + depths, device=rows.device)
             micro_batches = rows.split(self.mesh.layout.micro_batch)
             for index, micro in enumerate(micro_batches):
-                losses = self._losses(micro)
+                losses = self._losses(self.batch(micro))
                 self.state.before_backward(index == len(micro_batches) - 1)
                 (losses @ weights).backward()
                 sums += losses.detach()
@@ -99,11 +100,17 @@ class Parallel:
         return torch.stack((parts[0], parts[1:].sum()))
 
     @torch.no_grad()
-    def loss(self, rows: Tensor) -> Tensor:
-        """This rank's part of the summed next-token loss of some sequences, without gradient."""
+    def loss(self, rows: Tensor, counted: int | None = None) -> Tensor:
+        """This rank's part of the summed next-token loss of the first `counted` of some sequences (None: of
+        all), without gradient."""
+        batch = self.batch(rows)
+        if counted is not None:
+            targets = batch.targets_BSK.clone()
+            targets[counted:] = IGNORED
+            batch = batch._replace(targets_BSK=targets)
         if self.mesh.layout.pp > 1:
-            return self._pipeline(rows).evaluate(*self.batch(rows))[0]
-        return self._losses(rows)[0]
+            return self._pipeline(rows).evaluate(*batch)[0]
+        return self._losses(batch)[0]
 
     def total(self, parts: Tensor) -> Tensor:
         """Sums what ranks returned as their parts of a loss. The ranks of `tp` all hold the same part."""
@@ -116,9 +123,9 @@ class Parallel:
             return frozenset()
         return frozenset(shared_parameters(self.spec))
 
-    def _losses(self, rows: Tensor) -> Tensor:
+    def _losses(self, batch: Batch) -> Tensor:
         """Summed losses [1 + MTP depths] of a whole model."""
-        losses: Losses = self.parts[0](*self.batch(rows), self.attend)
+        losses: Losses = self.parts[0](*batch, self.attend)
         return torch.stack((losses.main, *losses.mtp))
 
     def _pipeline(self, rows: Tensor) -> Pipeline:

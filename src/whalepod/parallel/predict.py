@@ -39,7 +39,7 @@ def greedy(parallel: Parallel, prompt_ids: list[int], max_new_tokens: int) -> li
     vocabulary, more positions than the model has, or a layout with context parallelism.
     """
     mesh = parallel.mesh
-    if (cp := mesh["cp"].size) > 1:
+    if (cp := mesh.layout.cp) > 1:
         raise UserError(f"layout.cp {cp}: a prompt cannot be cut over context-parallel ranks yet; use cp 1")
     parallel.spec.check_prompt(prompt_ids, max_new_tokens)
     stages = {part.index if isinstance(part, Stage) else 0: part for part in parallel.parts}

@@ -317,23 +317,25 @@ def validation_batches(
     extra: int = 1,
     rank: int = 0,
     num_ranks: int = 1,
-) -> Iterator[npt.NDArray[np.int64]]:
-    """Batches [batch / num_ranks, L + extra] of held-out windows in the order of the file, at most `limit`.
+) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
+    """The first `limit` held-out windows (None: all) in the order of the file, in batches of
+    [batch / num_ranks, L + extra], and how many rows of each count.
 
-    The same ones every time. All have the full shape, as pipelines need: an incomplete last batch is left
-    out; where it would be the only one, it is filled up with windows from the start.
+    The same windows every time, whatever the batch and the ranks. All batches have the full shape, as
+    pipelines need: the last is filled up with windows from the start, which do not count.
     """
     assert 0 <= rank < num_ranks
     file = open_tokens(path)
     num_windows = _count_windows(file, sequence_length, extra)
     rows = _rows_per_rank(batch, num_ranks)
-    num_batches = max(num_windows // batch, 1)
+    wanted = num_windows if limit is None else min(limit, num_windows)
     tokens = file.tokens()
 
-    def generate() -> Iterator[npt.NDArray[np.int64]]:
-        for index in range(num_batches if limit is None else min(limit, num_batches)):
-            first = index * batch + rank * rows
-            yield _gather(tokens, np.arange(first, first + rows) % num_windows, sequence_length, extra)
+    def generate() -> Iterator[tuple[npt.NDArray[np.int64], int]]:
+        for start in range(0, wanted, batch):
+            first = start + rank * rows
+            windows = np.arange(first, first + rows) % num_windows
+            yield _gather(tokens, windows, sequence_length, extra), min(max(wanted - first, 0), rows)
 
     return generate()  # so that mistakes show at the call, not at the first batch
 

@@ -135,23 +135,23 @@ class Trainer:
         length, batch = config.data.sequence_length, self.layout.micro_batch * dp.size
         if self._files.validation.count < length + self.extra:
             return None
-        limit = max(1, config.train.evaluate_sequences // batch)
         batches = validation_batches(
             self._files.validation.path,
             length,
             batch,
-            limit,
+            config.train.evaluate_sequences,
             extra=self.extra,
             rank=dp.rank,
             num_ranks=dp.size,
         )
-        total, count = torch.zeros((), dtype=torch.float64, device=self.mesh.device), 0
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        sequences = torch.zeros_like(total)
         self.parallel.train(False)
-        for rows in batches:
-            total += self.parallel.loss(torch.from_numpy(rows).to(self.mesh.device))
-            count += batch * length
+        for rows, counted in batches:
+            total += self.parallel.loss(torch.from_numpy(rows).to(self.mesh.device), counted)
+            sequences += counted
         self.parallel.train()
-        return self.parallel.total(total).item() / count
+        return (self.parallel.total(total) / (dp.all_reduce(sequences) * length)).item()
 
     def run(self, until: int | None = None, quiet: bool = False) -> RunResult:
         """Trains from where the run stands to its last step, or to step `until`."""
