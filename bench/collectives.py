@@ -13,18 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from record import save
 from torch import Tensor
 
 from whalepod.parallel import shm
@@ -178,14 +177,7 @@ def main() -> None:
             f"{row['ranks']:5} {row['op']:18} {show_size(row['bytes']):>8} {row['gloo_ms']:9.3f} "
             f"{row['ours_ms']:9.3f} {ratio:6.1f}{wrong}"
         )
-    report = {
-        "date": date.today().isoformat(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "torch": torch.__version__,
-        "rows": rows,
-    }
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.out, {"rows": rows})
     if not all(row["exact"] for row in rows):
         raise SystemExit("some results are not exact")
 

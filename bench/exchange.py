@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -24,11 +23,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from record import save
 
 from whalepod.models.moe import Router
 from whalepod.parallel.exchange import Exchange, make_dispatcher
@@ -227,9 +226,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
         "load_average_before": os.getloadavg()[0],
     }
     sizes = {key: getattr(options, key) for key in ("rate_mbit", "hidden", "tokens", "rounds")}
@@ -249,7 +245,7 @@ def main() -> None:
         result["not_measured"] = reason
     finally:
         raw.unlink(missing_ok=True)
-    options.out.write_text(json.dumps(result, indent=1))
+    save(options.out, result)
 
 
 if __name__ == "__main__":

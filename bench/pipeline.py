@@ -26,7 +26,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import random
 import statistics
 import tempfile
@@ -34,13 +33,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from record import save
 
 from whalepod.models.transformer import Transformer
 from whalepod.parallel import pipeline, shm
@@ -349,19 +348,14 @@ def main() -> None:
             f"{row['step_relative']:4.2f}  {row['work_relative']:4.2f}"
         )
     report = {
-        "date": date.today().isoformat(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "load_average": [load_before, os.getloadavg()[0]],
+        "load_average_before": load_before,
         "ranks": RANKS,
         "rounds": options.rounds,
         "micro_batch_sequences": options.micro_batch,
         "sequence_length": options.length,
         "rows": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    save(options.out, report)
     draw(rows, rounds, options.micro_batches[-1], options.out.with_suffix(".png"))
 
 

@@ -20,14 +20,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import platform
 import resource
 import sys
 import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "dist"))
 from harness import run_ranks  # pyright: ignore[reportMissingImports]
+from record import save
 
 from whalepod.models.transformer import Transformer
 from whalepod.parallel import shm
@@ -147,22 +145,12 @@ def live(job: Job, mesh: Mesh, peaks: Peaks | None = None) -> dict[str, Any]:
     weights = [*parallel.state.decayed, *parallel.state.plain]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, eps=1e-5, fused=True)
     losses = train(job, parallel, optimizer)
-    state = state_bytes(parallel, optimizer)
+    state = parallel.held_bytes(optimizer)
     ended("train")
     prompt = [(97 + 3 * i) % job.spec.vocab_size for i in range(PROMPT)]
     ids = greedy(parallel, prompt, NEW_TOKENS)
     ended("generate")
     return {"losses": losses, "ids": ids, "state_gib": state / GIB}
-
-
-def state_bytes(parallel: Parallel, optimizer: torch.optim.Optimizer) -> int:
-    """Weights, gradients and moments, each memory once."""
-    weights = [*parallel.state.decayed, *parallel.state.plain]
-    held: list[Any] = [*weights, *(w.grad for w in weights)]
-    held += [p for part in parallel.parts for p in part.parameters()]
-    held += [t for values in optimizer.state.values() for t in values.values()]
-    local = [t.to_local() if hasattr(t, "to_local") else t for t in held if t is not None]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
 
 
 def run_rank(job: Job, axes: dict[str, Any]) -> dict[str, Any]:
@@ -271,10 +259,6 @@ def main() -> None:
         f"{len(same)} of {len(rows)} arms continue the prompt with {rows[0]['ids']}.\n\n{EXPLANATION}"
     )
     result = {
-        "date": date.today().isoformat(),
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
         "precision": "fp32",
         "parameters": parameters,
         "state_gib": state_gib,
@@ -286,8 +270,7 @@ def main() -> None:
         "arms_with_equal_tokens": len(same),
         "arms": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1))
+    save(options.out, result)
 
 
 if __name__ == "__main__":

@@ -31,14 +31,12 @@ import functools
 import gc
 import json
 import os
-import platform
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +44,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from record import save
 from torch.distributed.pipelining import schedules
 
 from whalepod.parallel import comm, shm
@@ -294,11 +293,7 @@ def main() -> None:
     losses = [row["loss"] for row in rows if row["arm"] not in ALONE]
     assert max(losses) - min(losses) < 0.01 * min(losses), f"the arms must train the same model: {losses}"
     report = {
-        "date": date.today().isoformat(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "load_average": [load_before, os.getloadavg()[0]],
+        "load_average_before": load_before,
         "model": options.model,
         "global_batch_sequences": options.global_batch,
         "sequence_length": options.length,
@@ -306,8 +301,7 @@ def main() -> None:
         "arms": rows,
         "rounds": rounds,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    save(options.out, report)
 
 
 if __name__ == "__main__":

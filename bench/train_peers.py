@@ -13,18 +13,16 @@ accurate than what whalepod does) and with FP32 weights under autocast; a short 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from record import save
 
 from whalepod.models.transformer import Transformer, init_weights
 from whalepod.parallel.mesh import make_mesh
@@ -169,9 +167,7 @@ def main() -> None:
         for name, values in seconds.items()
     ]
     result = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {options.threads} threads",
-        "torch": torch.__version__,
+        "threads": options.threads,
         "transformers": transformers.__version__,
         "rounds": options.rounds,
         "peak_bf16_gflop_per_s": peak / 1e9,
@@ -181,8 +177,7 @@ def main() -> None:
         "ratio_max": ratios[-1],
         "heats_tokens_per_s": heats,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1))
+    save(options.out, result)
     print(f"\nmeasured BF16 matrix peak: {peak / 1e9:,.0f} GFLOP/s")
     for row in rows:
         print(

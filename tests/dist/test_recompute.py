@@ -21,43 +21,21 @@ from whalepod.spec.model import MLA, ModelSpec
 from whalepod.spec.presets import load_model_spec
 
 # V3's proportions: up-projections are many times wider than what goes in.
-V3 = load_model_spec("v3-mini").with_(
-    num_hidden_layers=3,
-    hidden_size=64,
-    num_attention_heads=8,
-    q_lora_rank=24,
-    kv_lora_rank=16,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=8,
-    v_head_dim=16,
-    intermediate_size=160,
-    vocab_size=128,
-    moe_intermediate_size=32,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-)
-V2 = load_model_spec("deepseek-v2-lite").with_(
-    num_hidden_layers=2,
-    hidden_size=64,
-    num_attention_heads=8,
-    kv_lora_rank=16,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=8,
-    v_head_dim=16,
-    intermediate_size=160,
-    vocab_size=128,
-    moe_intermediate_size=32,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-)
+SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 128}
+LATENT = SMALL | {
+    "num_attention_heads": 8,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+}
+V3 = load_model_spec("v3-mini").with_(num_hidden_layers=3, q_lora_rank=24, **LATENT)
+V2 = load_model_spec("deepseek-v2-lite").with_(num_hidden_layers=2, **LATENT)
 DENSE = load_model_spec("deepseek-r1-distill-qwen-1.5b").with_(
-    num_hidden_layers=2,
-    hidden_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    intermediate_size=160,
-    vocab_size=128,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, **SMALL
 )
 POLICIES: tuple[Recompute, ...] = ("none", "selective", "full")
 BATCH, LENGTH = 2, 64

@@ -8,7 +8,7 @@ block, so that a rank never holds more than its share and one block.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,16 @@ class Parallel:
     def total(self, parts: Tensor) -> Tensor:
         """Sums what ranks returned as their parts of a loss. The ranks of `tp` all hold the same part."""
         return self.mesh.world.all_reduce(parts / self.mesh["tp"].size)
+
+    def held_bytes(self, optimizer: torch.optim.Optimizer) -> int:
+        """Weights (masters and copies), buffers, gradients and moments that this rank holds between steps."""
+        weights = [*self.state.decayed, *self.state.plain]
+        held: list[Any] = [*weights, *(w.grad for w in weights if w.grad is not None)]
+        for part in self.parts:
+            held += [*part.parameters(), *part.buffers()]
+        held += [t for values in optimizer.state.values() for t in values.values()]
+        storages = [(t.to_local() if hasattr(t, "to_local") else t).untyped_storage() for t in held]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     @property
     def copies(self) -> frozenset[str]:

@@ -8,7 +8,6 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,7 +218,8 @@ class Trainer:
                 reporter.close()
         step_s = statistics.median(timed[WARMUP_TIMED_STEPS:] or timed or [float("nan")])
         done = max(self.progress.step - first_step, 1)
-        memory_rows = axis.all_gather_floats([peak_memory_gib(self.mesh.device), self._state_gib()])
+        state_gib = self.parallel.held_bytes(self.optimizer) / GIB
+        memory_rows = axis.all_gather_floats([peak_memory_gib(self.mesh.device), state_gib])
         result = RunResult(
             folder=str(self.folder),
             steps=self.progress.step,
@@ -240,20 +240,6 @@ class Trainer:
         if self.mesh.is_first:
             (self.folder / "result.json").write_text(json.dumps(asdict(result), indent=1))
         return result
-
-    def _state_gib(self) -> float:
-        """Weights (masters and copies), gradients and moments that this rank holds between steps."""
-        held: list[Any] = [*self.state.decayed, *self.state.plain]
-        for part in self.parallel.parts:
-            held += [*part.parameters(), *part.buffers()]
-        held += [p.grad for p in (*self.state.decayed, *self.state.plain) if p.grad is not None]
-        held += [t for values in self.optimizer.state.values() for t in values.values()]
-        storages: dict[int, int] = {}
-        for tensor in held:
-            local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            storage = local.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values()) / GIB
 
 
 def run_rank(config: RunConfig, files: TokenFiles, until: int | None, quiet: bool) -> RunResult:

@@ -16,10 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from whalepod.models.moe import Rows
 from whalepod.parallel.comm import Axis
-from whalepod.parallel.exchange import overlap
 from whalepod.parallel.exchange.landing import Landing, land
+from whalepod.parallel.exchange.overlap import Overlapped
 from whalepod.precision.fp8 import dequantize_tiles, quantize_tiles
 from whalepod.spec.layout import Wire
 
@@ -28,8 +27,8 @@ def is_installed() -> bool:
     return find_spec("deep_ep") is not None
 
 
-class DeepEP:
-    """`models.moe.Dispatcher` over the ranks of `ep`; one serves all layers, which then share its buffers.
+class DeepEP(Overlapped):
+    """A dispatcher over the ranks of `ep`; one serves all layers, which then share its buffers.
 
     Activations must be BF16, and FP8 parcels need a hidden size in multiples of 128. DeepEP counts no bytes.
     """
@@ -39,20 +38,10 @@ class DeepEP:
         self.wire: Wire = wire
         self._buffer: Any = None
 
-    def start(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int
-    ) -> tuple[Tensor, _Trip]:
+    def travel(self, x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> _Trip:
         if self._buffer is None:
             self._buffer = _make_buffer(self.ep, x_TD)
-        trip = _Trip(self._buffer, self.wire, ids_TK, num_experts, num_experts // self.ep.size)
-        return overlap.start(x_TD, weights_TK, trip), trip
-
-    def finish(self, sent: tuple[Tensor, _Trip]) -> tuple[Rows, _Trip]:
-        ticket, trip = sent
-        return overlap.finish(ticket, trip), trip
-
-    def combine(self, y_ND: Tensor, plan: _Trip) -> Tensor:
-        return overlap.combine(y_ND, plan)
+        return _Trip(self._buffer, self.wire, ids_TK, num_experts, num_experts // self.ep.size)
 
 
 def _make_buffer(ep: Axis, x_TD: Tensor) -> Any:

@@ -12,6 +12,7 @@ The nodes are tied together by an empty tensor, the ticket.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -54,18 +55,26 @@ class Travel(Protocol):
         ...
 
 
-def start(x_TD: Tensor, weights_TK: Tensor, trip: Travel) -> Tensor:
-    """The ticket to `finish` with."""
-    return _Depart.apply(x_TD, weights_TK, trip)
+class Overlapped(ABC):
+    """A dispatcher (`models.moe.Dispatcher`) of such trips."""
 
+    @abstractmethod
+    def travel(self, x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> Travel:
+        """The trip that these tokens are going to make."""
 
-def finish(ticket: Tensor, trip: Travel) -> Rows:
-    x_ND, weights_N = _Arrive.apply(ticket, trip)
-    return Rows(x_ND, weights_N, trip.ends_E)
+    def start(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int
+    ) -> tuple[Tensor, Travel]:
+        trip = self.travel(x_TD, ids_TK, num_experts)
+        return _Depart.apply(x_TD, weights_TK, trip), trip
 
+    def finish(self, sent: tuple[Tensor, Travel]) -> tuple[Rows, Travel]:
+        ticket, trip = sent
+        x_ND, weights_N = _Arrive.apply(ticket, trip)
+        return Rows(x_ND, weights_N, trip.ends_E), trip
 
-def combine(y_ND: Tensor, trip: Travel) -> Tensor:
-    return _Combine.apply(y_ND, trip)
+    def combine(self, y_ND: Tensor, plan: Travel) -> Tensor:
+        return _Combine.apply(y_ND, plan)
 
 
 class _Depart(torch.autograd.Function):

@@ -13,7 +13,7 @@ copied after they have crossed it, and summed before they cross it again.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,11 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from whalepod.models.moe import Rows
 from whalepod.parallel.comm import Axis, wait
-from whalepod.parallel.exchange import overlap
 from whalepod.parallel.exchange.fan import Fan
 from whalepod.parallel.exchange.landing import Landing, land
+from whalepod.parallel.exchange.overlap import Overlapped
 from whalepod.parallel.exchange.wire import Parcel, pack_grads, to_bytes, unpack_grads
 from whalepod.spec.layout import Wire
 
@@ -67,8 +66,8 @@ class Route(NamedTuple):
     onward: Callable[[Tensor], Leg] | None = None  # the second leg, for the ids [R, M] that have arrived
 
 
-class Exchange(ABC):
-    """Expert parallelism's dispatcher (`models.moe.Dispatcher`); one serves all layers of a model.
+class Exchange(Overlapped):
+    """Expert parallelism's dispatcher; one serves all layers of a model.
 
     Rank r of `num_ranks` holds E / num_ranks experts from r x E / num_ranks on. `crossed` tallies the bytes
     that this rank has sent to other nodes, by direction: `dispatch`, `combine` and their `_backward`.
@@ -83,23 +82,13 @@ class Exchange(ABC):
     def route(self, ids_TK: Tensor, num_local: int) -> Route:
         """The way of each pick to its expert's rank, of which each holds `num_local` experts."""
 
-    def start(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int
-    ) -> tuple[Tensor, Trip]:
+    def travel(self, x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> Trip:
         assert num_experts % self.num_ranks == 0, (num_experts, self.num_ranks)
         num_local = num_experts // self.num_ranks
         route = self.route(ids_TK, num_local)
         picks = ids_TK.shape[1] if route.pick_S is None else 1
         parcel = Parcel(self.wire, x_TD.shape[1], x_TD.dtype, picks)
-        trip = Trip(route, parcel, ids_TK, num_local, self.rank)
-        return overlap.start(x_TD, weights_TK, trip), trip
-
-    def finish(self, sent: tuple[Tensor, Trip]) -> tuple[Rows, Trip]:
-        ticket, trip = sent
-        return overlap.finish(ticket, trip), trip
-
-    def combine(self, y_ND: Tensor, plan: Trip) -> Tensor:
-        return overlap.combine(y_ND, plan)
+        return Trip(route, parcel, ids_TK, num_local, self.rank)
 
 
 class Trip:
