@@ -39,7 +39,6 @@ from whalepod.parallel import shm
 from whalepod.parallel.mesh import Mesh, open_mesh
 from whalepod.parallel.parallelize import Parallel, parallelize
 from whalepod.parallel.predict import greedy
-from whalepod.parallel.state import clip_gradients
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.presets import load_model_spec
@@ -124,7 +123,7 @@ def train(job: Job, parallel: Parallel, optimizer: torch.optim.Optimizer) -> lis
     mine = (rows % job.spec.vocab_size).chunk(mesh["dp"].size)[mesh["dp"].rank]
     for _ in range(job.steps):
         losses.append(float(parallel.total(parallel.backward(mine, BATCH * LENGTH, 0.0))[0]))
-        clip_gradients(parallel.state, 1.0, mesh, parallel.copies)
+        parallel.clip(1.0)
         optimizer.step()
         parallel.state.write_back()
     return losses

@@ -27,7 +27,6 @@ from record import save
 from whalepod.models.transformer import Transformer, init_weights
 from whalepod.parallel.mesh import make_mesh
 from whalepod.parallel.parallelize import parallelize
-from whalepod.parallel.state import clip_gradients
 from whalepod.spec.counts import train_flops
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec, to_config
@@ -51,7 +50,7 @@ def whalepod_arm(spec: ModelSpec) -> Step:
 
     def step(rows: torch.Tensor) -> float:
         losses = parallel.backward(rows, BATCH * LENGTH, mtp_weight=0.0)
-        clip_gradients(state, 1.0, mesh, parallel.copies)
+        parallel.clip(1.0)
         optimizer.step()
         state.write_back()
         return losses[0].item()

@@ -25,7 +25,6 @@ from harness import run_ranks
 from whalepod.models.transformer import Transformer
 from whalepod.parallel.mesh import Mesh, make_mesh, open_world
 from whalepod.parallel.parallelize import parallelize
-from whalepod.parallel.state import clip_gradients
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.presets import load_model_spec
@@ -206,7 +205,7 @@ def step(spec: ModelSpec, mesh: Mesh) -> Outcome:
     mine = rows.chunk(mesh["dp"].size)[mesh["dp"].rank]
     losses = p.total(p.backward(mine, BATCH * LENGTH, MTP_WEIGHT))
     gradients = {name: gradient.clone() for name, gradient, _ in p.state.gradients()}
-    norm = clip_gradients(p.state, 1.0, mesh, p.copies)
+    norm = p.clip(1.0)
     weights = [*p.state.decayed, *p.state.plain]
     torch.optim.AdamW(weights, lr=1e-3, eps=1e-4).step()
     p.state.write_back()

@@ -99,6 +99,21 @@ class Parallel:
         parts = sums.double() * means
         return torch.stack((parts[0], parts[1:].sum()))
 
+    def clip(self, max_norm: float) -> Tensor:
+        """Scales all gradients so that their global 2-norm is at most `max_norm`; returns the norm.
+
+        Each rank adds the squares of what it holds, over the number of ranks that hold the same; one sum
+        over the world is then right for any mix of axes.
+        """
+        names, gradients, holders = zip(*self.state.gradients(), strict=True)
+        shares = [1 / (n * (1 + (name in self.copies))) for name, n in zip(names, holders, strict=True)]
+        squares = torch.stack(torch._foreach_norm(gradients)).double().square()
+        square = squares @ torch.tensor(shares, dtype=torch.float64, device=squares.device)
+        norm = self.mesh.world.all_reduce(square).sqrt().float()
+        weights = [*self.state.decayed, *self.state.plain]
+        torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
+        return norm
+
     @torch.no_grad()
     def loss(self, rows: Tensor, counted: int | None = None) -> Tensor:
         """This rank's part of the summed next-token loss of the first `counted` of some sequences (None: of

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from whalepod.parallel.comm import Axis
-from whalepod.parallel.mesh import Mesh
 from whalepod.parallel.sharding import Box
 
 BUCKET_BYTES = 32 * 2**20
@@ -96,18 +95,3 @@ def sum_in_buckets(tensors: list[Tensor], axis: Axis) -> None:
             land()
             flying, bucket = started, []
     land()
-
-
-def clip_gradients(state: TrainingState, max_norm: float, mesh: Mesh, copies: frozenset[str]) -> Tensor:
-    """Scales all gradients so that their global 2-norm is at most `max_norm`; returns the norm.
-
-    Each rank adds the squares of what it holds, over the number of ranks that hold the same; one sum
-    over the world is then right for any mix of axes. `copies`: weights that two stages hold.
-    """
-    names, gradients, holders = zip(*state.gradients(), strict=True)
-    shares = [1 / (n * (1 + (name in copies))) for name, n in zip(names, holders, strict=True)]
-    squares = torch.stack(torch._foreach_norm(gradients)).double().square()
-    square = squares @ torch.tensor(shares, dtype=torch.float64, device=squares.device)
-    norm = mesh.world.all_reduce(square).sqrt().float()
-    torch.nn.utils.clip_grads_with_norm_([*state.decayed, *state.plain], max_norm, norm)
-    return norm

@@ -17,7 +17,7 @@ from whalepod.parallel import checkpoint
 from whalepod.parallel.checkpoint import Progress
 from whalepod.parallel.mesh import Mesh, local_device, open_mesh
 from whalepod.parallel.parallelize import Parallel, parallelize
-from whalepod.parallel.state import TrainingState, clip_gradients
+from whalepod.parallel.state import TrainingState
 from whalepod.spec.counts import train_flops
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
@@ -106,7 +106,7 @@ class Trainer:
         ).to(self.mesh.device)
         tokens_in_step = layout.global_batch * config.data.sequence_length
         sums = self.parallel.backward(rows, tokens_in_step, config.loss.mtp_weight)
-        norm = float(clip_gradients(self.state, config.optimizer.clip_norm, self.mesh, self.parallel.copies))
+        norm = float(self.parallel.clip(config.optimizer.clip_norm))
         sums = self.parallel.total(sums)
         if math.isfinite(norm):
             rate = learning_rate(self.progress.step, config.train.steps, config.optimizer, config.schedule)
