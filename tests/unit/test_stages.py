@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from whalepod.spec.counts import head_flops, layer_flops, mtp_flops
 from whalepod.spec.errors import UserError
 from whalepod.spec.presets import load_model_spec
-from whalepod.spec.stages import _best_sizes, split_stages
+from whalepod.spec.stages import best_sizes, split_stages
 
 V3 = load_model_spec("deepseek-v3")
 
@@ -62,7 +62,7 @@ def test_no_split_is_better(costs: list[float], last: float, data: st.DataObject
         for sizes in itertools.product(range(len(costs) + 1), repeat=stages)
         if sum(sizes) == len(costs) and all(sizes[:-1])
     ]
-    assert quality(_best_sizes(tuple(costs), last, stages)) == min(map(quality, possible))
+    assert quality(best_sizes(tuple(costs), last, stages)) == min(map(quality, possible))
 
 
 def test_many_layers_are_quick() -> None:

@@ -55,7 +55,7 @@ def split_stages(
     costs = tuple(layer_flops(spec, layer, sequence_length).total for layer in range(num_layers))
     last = head_flops(spec).total + mtp_flops(spec, sequence_length).total
     if stage_layers is None:
-        sizes = _best_sizes(costs, last, num_stages)
+        sizes = best_sizes(costs, last, num_stages)
     else:
         sizes = tuple(stage_layers)
         _check_sizes(spec, num_stages, sizes)
@@ -87,8 +87,9 @@ def _check_sizes(spec: ModelSpec, num_stages: int, sizes: tuple[int, ...]) -> No
 
 
 @cache
-def _best_sizes(costs: tuple[float, ...], last: float, num_stages: int) -> tuple[int, ...]:
-    """Layers per stage: every stage has one, the last may have none; exact, by dynamic programming."""
+def best_sizes(costs: tuple[float, ...], last: float, num_stages: int) -> tuple[int, ...]:
+    """Layers per stage, given what each layer costs and what the last stage has besides: every stage has
+    one, the last may have none; exact, by dynamic programming."""
     if num_stages == 1:
         return (len(costs),)
     sums = [0.0, *accumulate(costs)]

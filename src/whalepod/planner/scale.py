@@ -1,0 +1,52 @@
+"""What each added GPU brings: the best plan at every count, and its efficiency against the smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from whalepod.planner.plan import MAX_COUNT, TrainingPlan, best_plan, smallest_count
+from whalepod.planner.search import TrainingJob
+from whalepod.spec.hardware import Cluster
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ScalePoint:
+    """One count. efficiency: tokens per second and GPU over those of the smallest count that fits."""
+
+    num_gpus: int
+    plan: TrainingPlan | None
+    efficiency: float | None
+
+
+def scale_training(
+    job: TrainingJob, counts: Sequence[int], progress: Progress | None = None
+) -> tuple[ScalePoint, ...]:
+    """The best plan of `job` at each count of its GPU, the batch staying as it is (strong scaling)."""
+    gpu = job.cluster.gpu
+    node = max(job.cluster.gpus_per_node, gpu.gpus_per_node)
+    plans: list[tuple[int, TrainingPlan | None]] = []
+    for done, count in enumerate(sorted(set(counts))):
+        if progress:
+            progress("planning", done, len(counts))
+        plans.append((count, best_plan(replace(job, cluster=Cluster(gpu, count, min(node, count))))))
+    if progress:
+        progress("planning", len(counts), len(counts))
+    base = next((plan.tokens_per_s_per_gpu for _, plan in plans if plan is not None), None)
+    return tuple(
+        ScalePoint(count, plan, plan.tokens_per_s_per_gpu / base if plan and base else None)
+        for count, plan in plans
+    )
+
+
+def default_counts(job: TrainingJob) -> list[int]:
+    """Doublings from the smallest count that fits, one below it shown too, to MAX_COUNT."""
+    one = replace(job, cluster=Cluster(job.cluster.gpu, 1, 1))
+    first = smallest_count(one) or 8
+    count, counts = max(1, first // 2), []
+    while count <= MAX_COUNT:
+        counts.append(count)
+        count *= 2
+    return counts

@@ -1,0 +1,208 @@
+"""Training state per device: weights, gradients, masters and moments, and whole copies of what is sharded.
+
+ZeRO (arXiv 1910.02054) shares state over the dp_shard x cp devices that would hold the same (for experts over
+`expert_shard`): stage 1 masters and moments, stage 2 gradients too, stage 3 weights too. Tensor parallelism
+cuts the wide matrices, as `parallel.sharding.TABLE` says, and expert parallelism deals the experts out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from whalepod.planner.candidates import Candidates, Column
+from whalepod.spec.counts import Params, attention_params, expert_params, layer_params
+from whalepod.spec.model import ModelSpec
+
+FP8_WEIGHT_BYTES = 2 * (1 + 4 / (128 * 128))
+"""Of a weight in FP8 training: values with a scale per block, and once more transposed for the products of
+the backward pass. They take the place of the BF16 copy (Megatron's `fp8-param-gather`); masters stay FP32.
+DeepSeek-V3, section 3.3, quantises the matrices of blocks; embedding, head, router and norms stay BF16."""
+
+
+@dataclass(frozen=True)
+class StateTypes:
+    """Bytes per element of training state.
+
+    The default is Megatron's: BF16 weights, FP32 gradient sums, masters and Adam moments.
+    shards_weights: with ZeRO 3 shards of the weights lie beside those of the masters; else (FSDP2 over FP32
+    parameters) weights are made from the masters as they are gathered.
+    """
+
+    weight: float = 2
+    master: float = 4
+    gradient: float = 4
+    moment1: float = 4
+    moment2: float = 4
+    shards_weights: bool = True
+
+
+MEGATRON_STATE = StateTypes()
+DEEPSEEK_STATE = StateTypes(moment1=2, moment2=2)
+"""BF16 moments (DeepSeek-V3, section 3.3.2)."""
+OWN_STATE = StateTypes(shards_weights=False)
+"""This project's runtime: 18 bytes per parameter replicated, 16 / shards fully sharded."""
+BF16_STATE = StateTypes(master=0, gradient=2, moment1=2, moment2=2)
+"""BF16 throughout, without masters: 8 bytes."""
+
+STATE = ("weights", "gradients", "optimizer", "gathered")
+SHARERS = ("plain", "experts")
+Counts = Mapping[str, np.ndarray]
+"""How many of each unit a pipeline rank's stages hold, [pp, stages]. Units: blocks (`dense`, `moe`),
+`embedding`, `head` with the final norm, and `joint`, what an MTP depth has beside its block."""
+
+
+class Elements(NamedTuple):
+    """Parameters of a unit: `whole` on every tp rank, `cut` over tp, `experts`; and what FP8 training
+    quantises of the first two (experts it quantises all)."""
+
+    whole: int
+    cut: int
+    experts: int
+    whole_fp8: int
+    cut_fp8: int
+
+
+@dataclass(frozen=True)
+class State:
+    """The state of candidates, in bytes; arrays [rows, pp] for the rows and counts of one pipeline."""
+
+    spec: ModelSpec
+    candidates: Candidates
+    types: StateTypes
+
+    @property
+    def block_kinds(self) -> tuple[str, ...]:
+        return ("dense",) if self.spec.moe is None else ("dense", "moe")
+
+    def of(self, counts: Counts, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """`weights`, `gradients`, `optimizer` (masters and moments), and `gathered`."""
+        number = self._number(counts)
+        c, types = self.candidates, self.types
+        zero, fsdp = c.zero[rows, None], c.fsdp[rows, None]
+        # FSDP2 makes weights of sharded masters; where nothing is sharded there is a copy to compute with.
+        made = (fsdp > 1) & (not types.shards_weights)
+        # In FP32 the weights are the masters, unless they are gathered copies of these.
+        same = (c.precision[rows] == "fp32")[:, None] & ~made
+        moments = types.moment1 + types.moment2
+        out = {name: np.zeros((len(rows), len(number["head"]))) for name in STATE}
+        for sharer in SHARERS:
+            shards = self.shards[sharer][rows, None]
+            elements = sum(number[u] * self.local[u][sharer][rows, None] for u in number)
+            weights = sum(number[u] * self.bytes[u][sharer][rows, None] for u in number)
+            out["weights"] += np.where(zero < 3, weights, np.where(made, 0, weights / shards))
+            out["gradients"] += elements * types.gradient / np.where(zero > 1, shards, 1)
+            out["optimizer"] += elements * (np.where(same, 0, types.master) + moments) / shards
+            # Two blocks are whole, one at work and the next on its way, and so are the ends, which are needed
+            # from the first to the last; of gradients one block's, beside what is sent of it.
+            blocks = [k for k in self.block_kinds if number[k].any()]
+            weight, gradient = (
+                np.max([(number[k] > 0) * per[k][sharer][rows, None] for k in blocks], axis=0, initial=0)
+                for per in (self.bytes, self.local)
+            )
+            ends = sum((number[u] > 0) * self.bytes[u][sharer][rows, None] for u in ("embedding", "head"))
+            out["gathered"] += np.where((zero == 3) & ((shards > 1) | made), 2 * weight + ends, 0)
+            sent = gradient * (self.compute[rows, None] + types.gradient)
+            out["gathered"] += np.where((zero > 1) & (shards > 1), sent, 0)
+        return out
+
+    def dummies(self, counts: Counts, rows: np.ndarray) -> np.ndarray:
+        """One gradient in compute precision for each weight shape among a rank's blocks."""
+        spec, c = self.spec, self.candidates
+        d, has = spec.hidden_size, {name: count.sum(1) > 0 for name, count in counts.items()}
+        whole, cut, *_ = split(attention_params(spec), matrices_only=True)
+        total = (has["dense"] | has["moe"]) * (whole + cut / c.tp)[rows, None]
+        total = total + has["dense"] * (3 * d * spec.intermediate_size / c.tp)[rows, None]
+        total = total + has["joint"] * 2.0 * d * d
+        if spec.moe is not None:
+            expert = expert_params(spec) / c.expert_tp
+            shared = expert_params(spec) * spec.moe.n_shared_experts / c.tp
+            total = total + has["moe"] * (expert + np.where(shared == expert, 0, shared))[rows, None]
+        return total * self.compute[rows, None]
+
+    def largest_gradient(self, counts: Counts, rows: np.ndarray) -> np.ndarray:
+        """Of one weight in a rank's blocks, in compute precision: gate and up of all experts, or an MLP's
+        gate. 0 where ZeRO takes gradients apart: there they are among what is `gathered`."""
+        spec, c = self.spec, self.candidates
+        has = {name: count.sum(1) > 0 for name, count in counts.items()}
+        largest = has["dense"] * (spec.hidden_size * spec.intermediate_size / c.tp)[rows, None]
+        if spec.moe is not None:
+            largest = np.maximum(largest, has["moe"] * (2 / 3 * self.local["moe"]["experts"])[rows, None])
+        whole = (c.zero == 1) | (c.fsdp == 1)
+        return largest * (whole * self.compute)[rows, None]
+
+    @cached_property
+    def compute(self) -> Column:
+        """Bytes of a number in compute precision."""
+        return np.where(self.candidates.precision == "fp32", 4.0, 2.0)
+
+    @cached_property
+    def shards(self) -> dict[str, Column]:
+        """Devices that share the state of what is not an expert, and of experts."""
+        c = self.candidates
+        return {"plain": c.fsdp, "experts": np.where(c.ep > 1, c.expert_shard, c.fsdp)}
+
+    @cached_property
+    def local(self) -> dict[str, dict[str, Column]]:
+        """Elements on a device before ZeRO shards them: {unit: {plain, experts}}."""
+        c = self.candidates
+        return {
+            unit: {"plain": e.whole + e.cut / c.tp, "experts": e.experts / (c.ep * c.expert_tp)}
+            for unit, e in self._units.items()
+        }
+
+    @cached_property
+    def bytes(self) -> dict[str, dict[str, Column]]:
+        """The same as weights that compute, in bytes."""
+        c = self.candidates
+        high = np.where(c.precision == "fp32", 4.0, self.types.weight)
+        low = np.where(c.precision == "fp8", FP8_WEIGHT_BYTES, high)
+        out: dict[str, dict[str, Column]] = {}
+        for unit, e in self._units.items():
+            whole = (e.whole - e.whole_fp8) * high + e.whole_fp8 * low
+            cut = (e.cut - e.cut_fp8) * high + e.cut_fp8 * low
+            out[unit] = {"plain": whole + cut / c.tp, "experts": self.local[unit]["experts"] * low}
+        return out
+
+    @cached_property
+    def _units(self) -> dict[str, Elements]:
+        spec, d = self.spec, self.spec.hidden_size
+        table = spec.vocab_size * d
+        units = {
+            "embedding": split(Params(embedding=table)),
+            "head": split(Params(head=0 if spec.tie_word_embeddings else table, norms=d)),
+            "joint": split(Params(mtp_proj=2 * d * d, norms=3 * d)),
+        }
+        for kind in self.block_kinds:
+            layers = (i for i in range(spec.num_hidden_layers + 1) if spec.is_moe_layer(i) == (kind == "moe"))
+            layer = next(layers, None)
+            units[kind] = split(Params() if layer is None else layer_params(spec, layer))
+        return units
+
+    def _number(self, counts: Counts) -> dict[str, np.ndarray]:
+        """Units on each rank, [pp]. An embedding that the last stage needs too, as its head or for MTP, is
+        there a second time unless the first stage is on the same rank."""
+        number = {unit: counts[unit].sum(1).astype(float) for unit in self._units}
+        if self.spec.tie_word_embeddings or self.spec.num_nextn_predict_layers:
+            number["embedding"] = np.maximum(number["embedding"], number["head"])
+        return number
+
+
+def split(p: Params, matrices_only: bool = False) -> Elements:
+    """Parameters by who holds them; `matrices_only` leaves out norms, biases and the indexer."""
+    down = p.attn_q_a + p.attn_kv_a
+    heads = p.attention - down - p.attn_bias
+    quantised = heads + p.dense_mlp + p.shared_experts
+    if matrices_only:
+        return Elements(down, quantised, p.routed_experts, down, quantised)
+    return Elements(
+        whole=down + p.indexer + p.norms + p.router + p.selection_bias + p.mtp_proj,
+        cut=quantised + p.attn_bias + p.embedding + p.head,
+        experts=p.routed_experts,
+        whole_fp8=down + p.indexer,
+        cut_fp8=quantised,
+    )
