@@ -20,7 +20,10 @@ from whalepod.planner.search import Search, TrainingJob, search
 from whalepod.planner.train_accuracy import COLUMNS, parse_row, read_rows
 
 PUBLISHED = Path(whalepod.planner.__file__).parent / "data" / "validation" / "training.csv"
-LINE = "{gpus:11s} {software:15s} {split:17s} {rank:>4} {own:11.2f} {published:>10} {best:12.2f}  {best_split}  {why}"
+LINE = (
+    "{gpus:11s} {software:15s} {split:17s} {rank:>4} {own:11.2f} {published:>10} "
+    "{best:12.2f}  {best_split}  {why}"
+)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from whalepod.planner.candidates import Candidates
 from whalepod.planner.kernels import Kernels
-from whalepod.planner.network import Network, expected_nodes
+from whalepod.planner.network import UNREACHABLE_S, Network, expected_nodes
 from whalepod.planner.software import Software
 from whalepod.spec.counts import attended_keys, attention_flops
 from whalepod.spec.model import GQA, ModelSpec
@@ -283,7 +283,7 @@ class LayerCosts:
                 within = picks / hit
                 local = hit * ranks * (1 - (1 - 1 / ranks) ** within) * (ep - 1) / ep
             card = n.card * outside
-            over = both[rows] * crossing / card if card else np.full(rows.sum(), np.inf if nodes > 1 else 0.0)
+            over = both[rows] * crossing / card if card else np.full(rows.sum(), UNREACHABLE_S)
             times = np.maximum(both[rows] * local / (n.link * inside), over if nodes > 1 else 0.0)
             seconds[rows] = times + 2 * (15e-6 + 1e-6 * ep)
         return seconds

@@ -20,6 +20,7 @@ Times = np.ndarray
 
 SHARES = {"all_gather": 0.72, "reduce_scatter": 0.72, "all_reduce": 0.85, "all_to_all": 0.65, "p2p": 0.80}
 NETWORK_SHARE = 0.88  # of the card's rate, for large messages: DeepEP and NCCL both reach 43 to 45 of 50 GB/s
+UNREACHABLE_S = 1e6  # without a network; finite, so that formulas go through
 MEMORY_GB_S = 10.0  # between workers that have no link but their host's memory
 INNER_LATENCY_S = 10e-6
 INNER_HOP_S = 0.5e-6
@@ -55,7 +56,7 @@ class Network:
             size > 1, INNER_LATENCY_S + INNER_HOP_S * inner, 0.0
         )
         rate = self.card * NETWORK_SHARE
-        over = np.where(crosses, crossing / rate if rate else np.inf, 0.0)
+        over = np.where(crosses, crossing / rate if rate else UNREACHABLE_S, 0.0)
         over = over + np.where(crosses, NETWORK_LATENCY_S + NETWORK_HOP_S * (size // inner), 0.0)
         return np.where(size > 1, np.maximum(seconds, over), 0.0)
 
@@ -78,7 +79,7 @@ class Network:
         """From one rank to another, which is in another domain where `crosses`."""
         inside = sent / (self.link * self.shares["p2p"]) + INNER_LATENCY_S
         rate = self.card * NETWORK_SHARE
-        outside = (sent / rate if rate else np.inf) + NETWORK_LATENCY_S
+        outside = (sent / rate if rate else UNREACHABLE_S) + NETWORK_LATENCY_S
         return np.where(crosses, outside, inside)
 
 

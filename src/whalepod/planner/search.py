@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 
 from whalepod.planner.candidates import POLICIES, RECOMPUTED, Candidates, objects
-from whalepod.planner.memory import Memory, StateTypes, training_memory
+from whalepod.planner.memory import Memory, training_memory
 from whalepod.planner.software import Software
 from whalepod.planner.training import TrainingTimes
 from whalepod.spec.errors import UserError
@@ -56,11 +56,6 @@ class TrainingJob:
         """Memory that a plan may use on each device."""
         return self.cluster.gpu.memory_gib * USABLE
 
-    @property
-    def state(self) -> StateTypes:
-        moments = self.software.moment_bytes
-        return StateTypes(moment1=moments, moment2=moments)
-
     def times(self, candidates: Candidates) -> TrainingTimes:
         return TrainingTimes(
             *(self.spec, candidates, self.cluster, self.software),
@@ -68,9 +63,12 @@ class TrainingJob:
         ).balanced()
 
     def memory(self, candidates: Candidates) -> Memory:
+        soft = self.software.on(self.cluster)
         return training_memory(
             *(self.spec, candidates, self.sequence_length),
-            state=self.state,
+            state=soft.state,
+            framework=soft.framework,
+            overhead=soft.overhead,
             mtp=self.mtp,
             imbalance=self.imbalance,
         )

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
+from whalepod.planner.activations import MEGATRON, OWN, OWN_CPU, Framework
+from whalepod.planner.memory import NO_OVERHEAD, OVERHEAD, Overhead
+from whalepod.planner.state import DEEPSEEK_STATE, MEGATRON_STATE, OWN_STATE, StateTypes
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.hardware import Cluster, Gpu
 
@@ -61,7 +64,7 @@ class Software:
     communicate); hides: the share of a pass's computation that can hide it: one micro-batch's attention waits
     for another's exchange in a fixed order, and only DeepSeek's kernels share the GPU freely.
     quantize, permute: traffic of these steps in multiples of what fused kernels need.
-    moment_bytes: of each of AdamW's two moments, per parameter.
+    state, framework, overhead: how it keeps training state and activations, and what it takes besides.
     schedules, zero: the pipeline schedules and ZeRO stages that it has.
     """
 
@@ -78,7 +81,9 @@ class Software:
     graphed: tuple[str, ...] = ()
     quantize: float = 1.0
     permute: float = 1.0
-    moment_bytes: float = 4.0
+    state: StateTypes = DEEPSEEK_STATE
+    framework: Framework = MEGATRON
+    overhead: Overhead = OVERHEAD
     schedules: tuple[str, ...] = ("1f1b", "interleaved")
     zero: tuple[int, ...] = (1, 3)
 
@@ -90,6 +95,9 @@ class Software:
 
     def on(self, cluster: Cluster) -> Software:
         """This stack as it runs there."""
+        if cluster.gpu.architecture == "cpu":
+            # No CUDA context, no NCCL; and the device is its own host.
+            return replace(self, framework=OWN_CPU, overhead=NO_OVERHEAD, host_us=0.0)
         if self.rack_dispatcher is None or cluster.domain <= 8:
             return self
         return replace(self, dispatcher=self.rack_dispatcher)
@@ -131,7 +139,13 @@ _HOPPER = Shares(
     attention=(0.55, 0.45),
 )
 # A thread of a CPU: torch's products reach most of what the calibration measured with one.
-_CPU = Shares(gemm={"bf16": 0.8, "fp32": 0.8}, grouped={"bf16": 0.5, "fp32": 0.5}, attention=(0.3, 0.3))
+_CPU = Shares(
+    gemm={"bf16": 0.8, "fp32": 0.8},
+    grouped={"bf16": 0.55, "fp32": 0.55},
+    attention=(0.3, 0.3),
+    half_k=64.0,
+    half_rows=16.0,
+)
 _SHARES = {"blackwell": _BLACKWELL, "hopper": _HOPPER, "GB300": _GB300, "cpu": _CPU}
 _LAUNCHES = {
     "attention": 68.0,
@@ -154,7 +168,6 @@ _MEGATRON = Software(
     "megatron-26.02",
     *(_SHARES, 10.5, _LAUNCHES, _EXCHANGE, "deepep", "hybridep"),
     graphed=GRAPHED["partial"],
-    moment_bytes=2.0,
 )
 
 GENERATIONS: Mapping[str, Software] = {
@@ -164,7 +177,9 @@ GENERATIONS: Mapping[str, Software] = {
         _MEGATRON.with_(name="megatron-25.11", host_us=12.5, graphed=()),
         _MEGATRON.with_(name="megatron-25.09", host_us=15.5, graphed=(), rack_dispatcher=None),
         # Megatron-Core of 2026 with BF16, NCCL's all-to-all and FP32 moments, as SimuMax ran it.
-        _MEGATRON.with_(name="simumax", dispatcher="all-to-all", graphed=(), moment_bytes=4.0, host_us=11.0),
+        _MEGATRON.with_(
+            name="simumax", dispatcher="all-to-all", graphed=(), state=MEGATRON_STATE, host_us=11.0
+        ),
         # PyTorch-native FSDP2 (NeMo Automodel).
         _MEGATRON.with_(name="automodel", host_us=5.5, graphed=(), rack_dispatcher=None),
         # DeepSeek's own: every exchange behind computation, 20 of 132 multiprocessors for it.
@@ -183,7 +198,8 @@ GENERATIONS: Mapping[str, Software] = {
             host_us=5.5,
             graphed=(),
             rack_dispatcher=None,
-            moment_bytes=4.0,
+            state=OWN_STATE,
+            framework=OWN,
             schedules=("1f1b", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev"),
             zero=(1, 2, 3),
         ),

@@ -253,7 +253,8 @@ class TrainingTimes:
         weight; memory-bound."""
         c = self.candidates
         shards = self.state["plain"] / c.fsdp + self.state["experts"] / c.expert_shard
-        moved = 4 + 8 + 4 * self.software.moment_bytes + 2
+        state = self.software.state
+        moved = state.gradient + 2 * (state.master + state.moment1 + state.moment2) + state.weight
         return shards * moved / self.costs.kernels.bandwidth
 
     def open_data_parallel(self, backward: np.ndarray, forward: np.ndarray, hidden: np.ndarray) -> np.ndarray:
