@@ -13,7 +13,7 @@ from types import MappingProxyType
 import numpy as np
 
 from whalepod.planner.candidates import Candidates
-from whalepod.planner.search import USABLE, Search, TrainingJob, search
+from whalepod.planner.search import USABLE, Search, TrainingJob, default_batch, search
 from whalepod.planner.training import Step
 from whalepod.spec.counts import train_flops
 from whalepod.spec.errors import UserError
@@ -104,16 +104,20 @@ class TrainingAnswer:
 def plan_training(job: TrainingJob, top: int = 5) -> TrainingAnswer:
     """The best layouts for a job; without any that fits, what would.
 
-    Raises UserError for what no layout can mend (a precision the GPU does not have).
+    With precision `auto` those that the GPU has are tried; the answer's job then has the best plan's. Raises
+    UserError for what no layout can mend (a precision the GPU does not have).
     """
     gpu = job.cluster.gpu
+    if job.precision == "auto":
+        return _best_precision(job, top)
+    check_network(job.cluster)
     if not gpu.supports(job.precision):
         others = " or ".join(p for p in ("bf16", "fp32") if gpu.supports(p))
         raise UserError(f"{gpu.name} has no {job.precision.upper()} matrix products; use {others}")
     try:
         found = search(job)
     except UserError as error:
-        return TrainingAnswer(job, (), (Rejected(None, str(error)),), (f"{error}",), 0, 0)
+        return TrainingAnswer(job, (), (Rejected(None, str(error)),), (str(error), *_fewer(job)), 0, 0)
     limit = job.limit_gib
     fits = found.need_gib <= limit
     rows = found.best(limit)
@@ -125,6 +129,31 @@ def plan_training(job: TrainingJob, top: int = 5) -> TrainingAnswer:
     advice = _advice(found, plans)
     return TrainingAnswer(
         job, plans, (*_too_large(found, rows), *_indivisible(job)), advice, len(fits), int(fits.sum())
+    )
+
+
+def _best_precision(job: TrainingJob, top: int) -> TrainingAnswer:
+    """The answers of all precisions as one."""
+    names = [name for name in ("fp8", "bf16") if job.cluster.gpu.supports(name)]
+    answers = [plan_training(replace(job, precision=name), top) for name in names]
+    plans = sorted((plan for answer in answers for plan in answer.plans), key=lambda plan: plan.step.seconds)
+    first = plans[0].layout.precision if plans else names[0]
+    best = next(answer for answer in answers if answer.job.precision == first)
+    others = [
+        Rejected(
+            answer.plans[0].layout,
+            f"{answer.job.precision.upper()} takes {answer.plans[0].step.seconds:.3g} s a step at best, "
+            f"{answer.plans[0].step.seconds / plans[0].step.seconds:.2f} times as long as {first.upper()}",
+        )
+        for answer in answers
+        if answer is not best and answer.plans
+    ]
+    return replace(
+        best,
+        plans=tuple(plans[:top]),
+        rejected=(*others, *best.rejected),
+        considered=sum(answer.considered for answer in answers),
+        fitting=sum(answer.fitting for answer in answers),
     )
 
 
@@ -229,8 +258,9 @@ def _warnings(job: TrainingJob, layout: Layout, step: Step):
         share = shown["ep"] / step.seconds
         hint = "; software that overlaps it would hide most" if soft.overlap is False else ""
         yield f"experts' exchange crosses the network: {share:.0%} of the step waits for it{hint}"
-    if job.cluster.gpu.scale_up is None and max(layout.tp, layout.ep) > 1:
-        yield f"{job.cluster.gpu.name} has no fast link: tensor and expert parallelism run over PCIe"
+    gpu = job.cluster.gpu
+    if gpu.scale_up is None and gpu.architecture != "cpu" and max(layout.tp, layout.ep) > 1:
+        yield f"{gpu.name} has no fast link: tensor and expert parallelism run over PCIe"
     if layout.pp > 1 and layout.accumulation_steps < 2 * layout.pp:
         yield (
             f"{layout.accumulation_steps} micro-batches for {layout.pp} pipeline stages: "
@@ -296,13 +326,35 @@ def _advice(found: Search, plans: tuple[TrainingPlan, ...]) -> tuple[str, ...]:
     ]
     if enough:
         lines.append(f"or {n} GPUs with {need / USABLE:,.0f} GiB and more each: {', '.join(enough)}")
-    return tuple(lines)
+    return (*lines, *_fewer(job))
+
+
+def _fewer(job: TrainingJob) -> list[str]:
+    """A rounder number of GPUs that the job fits on, where the given one is odd."""
+    n = job.cluster.num_gpus
+    for unit in (64, 32, 16, 8):
+        fewer = n // unit * unit
+        if 0 < fewer < n and _fits_on(job, fewer):
+            return [f"{fewer:,} of the {n:,} GPUs would do: they divide evenly"]
+    return []
+
+
+def check_network(cluster: Cluster) -> None:
+    """Raises UserError where nobody knows how fast nodes speak to each other."""
+    if gpu_has_no_network(cluster) and cluster.num_gpus > cluster.domain:
+        raise UserError(
+            f"the network between nodes of {cluster.gpu.name} is not known: give GB/s per GPU with --nic-gb-s"
+        )
+
+
+def gpu_has_no_network(cluster: Cluster) -> bool:
+    return cluster.nic_gb_s is None
 
 
 def _twice_the_gpus(job: TrainingJob, best: TrainingPlan) -> list[str]:
     """What twice the GPUs bring to a plan of the same kind."""
     n, layout = 2 * job.cluster.num_gpus, best.layout
-    if n > MAX_COUNT:
+    if n > MAX_COUNT or (gpu_has_no_network(job.cluster) and n > job.cluster.domain):
         return []
     same = {name: getattr(layout, name) for name in ("pp", "tp", "cp", "micro_batch", "recompute")}
     cluster = Cluster(job.cluster.gpu, n, min(n, job.cluster.gpu.gpus_per_node))
@@ -316,15 +368,21 @@ def _twice_the_gpus(job: TrainingJob, best: TrainingPlan) -> list[str]:
 def smallest_count(job: TrainingJob) -> int | None:
     """The smallest power-of-two multiple of a node's GPUs on which the job fits, up to MAX_COUNT."""
     n = 1
-    lean = {**job.pins, "recompute": "full", "micro_batch": 1}
     while n < job.cluster.num_gpus:
         n *= 2
     while (n := n * 2) <= MAX_COUNT:
-        cluster = Cluster(job.cluster.gpu, n, min(n, job.cluster.gpu.gpus_per_node))
-        try:
-            found = search(replace(job, cluster=cluster, pins=lean))
-        except UserError:
-            continue
-        if (found.need_gib <= job.limit_gib).any():
+        if _fits_on(job, n):
             return n
     return None
+
+
+def _fits_on(job: TrainingJob, n: int) -> bool:
+    """Whether the leanest layout fits on `n` of the job's GPUs."""
+    cluster = Cluster(job.cluster.gpu, n, min(n, job.cluster.gpu.gpus_per_node))
+    lean = {**job.pins, "recompute": "full", "micro_batch": 1}
+    batch = job.global_batch if job.global_batch % n == 0 else default_batch(job.spec, n)
+    try:
+        found = search(replace(job, cluster=cluster, global_batch=batch, pins=lean))
+    except UserError:
+        return False
+    return bool((found.need_gib <= job.limit_gib).any())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from whalepod.planner.plan import MAX_COUNT, TrainingPlan, best_plan, smallest_count
+from whalepod.planner.plan import MAX_COUNT, TrainingPlan, best_plan, check_network, smallest_count
 from whalepod.planner.search import TrainingJob
 from whalepod.spec.hardware import Cluster
 
@@ -27,6 +27,8 @@ def scale_training(
     """The best plan of `job` at each count of its GPU, the batch staying as it is (strong scaling)."""
     gpu = job.cluster.gpu
     node = max(job.cluster.gpus_per_node, gpu.gpus_per_node)
+    if counts:
+        check_network(Cluster(gpu, max(counts), min(node, max(counts))))
     plans: list[tuple[int, TrainingPlan | None]] = []
     for done, count in enumerate(sorted(set(counts))):
         if progress:

@@ -74,9 +74,17 @@ class TrainingJob:
         )
 
 
-def default_batch(spec: ModelSpec) -> int:
-    """Sequences a step of the reports: 15,360 for V3 (section 4.2), 4,608 for V2-Lite (appendix B)."""
-    return 15360 if spec.hidden_size >= 4096 else 4608
+def default_batch(spec: ModelSpec, num_gpus: int = 1) -> int:
+    """Sequences a step of the reports: 15,360 for V3 (section 4.2), 4,608 for V2-Lite (appendix B); for numbers
+    of GPUs with other factors, the nearest that they divide."""
+    batch = 15360 if spec.hidden_size >= 4096 else 4608
+    odd = num_gpus // (num_gpus & -num_gpus)
+    if batch % odd == 0:
+        return batch
+    unit = odd
+    while 4 * unit <= batch:
+        unit *= 2
+    return max(1, round(batch / unit)) * unit
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,418 @@
+"""The serving planner: layouts, memory and speculation by hand, laws that hold anywhere, published runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from whalepod.planner import serve_accuracy
+from whalepod.planner.serve_layout import ServeLayout, Worker, parse_layout
+from whalepod.planner.serve_memory import cache_bytes_per_token, serve_memory, weight_bytes_per_gpu
+from whalepod.planner.serve_search import pareto, search_serving
+from whalepod.planner.serve_software import Software, generation_of, load_software
+from whalepod.planner.serve_step import Traffic
+from whalepod.planner.serve_worker import WorkerModel, Workload, tokens_per_step
+from whalepod.planner.serving import ServeEstimate, estimate
+from whalepod.spec.errors import UserError
+from whalepod.spec.hardware import Cluster, Gpu, load_gpu, parse_gpus
+from whalepod.spec.presets import load_model_spec
+
+SAMPLE = Path(__file__).parent.parent / "data" / "serving_sample.csv"
+V3 = load_model_spec("deepseek-v3")
+GIB = 2**30
+
+
+def software(gpu: str = "H200", precision: str = "fp8", engine: str = "sglang") -> Software:
+    return load_software(engine, load_gpu(gpu), precision)
+
+
+def worker_model(layout: Worker, gpu: str = "8xH200", precision: str = "fp8", isl: int = 1024) -> WorkerModel:
+    cluster = parse_gpus(gpu)
+    return WorkerModel(
+        V3, cluster, layout, load_software("sglang", cluster.gpu, precision), precision, Workload(isl, 1024)
+    )
+
+
+def run(
+    layout: str, concurrency: float, gpus: str = "8xH200", isl: int = 1024, **work: float
+) -> ServeEstimate:
+    cluster = parse_gpus(gpus)
+    osl = int(work.pop("osl", 1024))
+    return estimate(
+        V3,
+        cluster,
+        parse_layout(layout),
+        Workload(isl, osl, **work),  # type: ignore[arg-type]
+        concurrency,
+        "fp8",
+        load_software("sglang", cluster.gpu, "fp8"),
+    )
+
+
+TP8 = "TP8 DPattn1 moeTP1 EP8"
+DISAGGREGATED = "P 2x(TP1 DPattn8 moeTP1 EP8) + D 1x(TP8 DPattn1 moeTP1 EP8)"
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+
+
+def test_layouts_are_read_and_written():
+    one = parse_layout(TP8)
+    assert one == ServeLayout(Worker(tp=8, ep=8))
+    assert (one.mode, one.num_gpus, str(one)) == ("aggregated", 8, TP8)
+    two = parse_layout(DISAGGREGATED)
+    assert two == ServeLayout(Worker(tp=8, ep=8), 1, Worker(dp=8, ep=8), 2)
+    assert (two.mode, two.num_gpus, str(two)) == ("disaggregated", 24, DISAGGREGATED)
+    assert parse_layout(str(ServeLayout(Worker(tp=8, moe_tp=8, pp=2), 3))).num_gpus == 48
+    assert two.as_dict()["prefill"] == {"workers": 2, "tp": 1, "dp": 8, "moe_tp": 1, "ep": 8, "pp": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "TP8", "P 1x(TP8 DPattn1 moeTP1 EP8)", TP8 + " + " + TP8, "TP0 DPattn1 moeTP1 EP1", "x" * 10**5],
+)
+def test_bad_layouts_get_one_line(text: str):
+    with pytest.raises(UserError, match="layout") as error:
+        parse_layout(text)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_attention_and_experts_share_the_gpus():
+    with pytest.raises(UserError, match="8 x 1 and the experts' moeTP x EP = 1 x 4"):
+        parse_layout("TP8 DPattn1 moeTP1 EP4")
+
+
+@pytest.mark.parametrize(
+    ("worker", "model", "message"),
+    [
+        (Worker(tp=32, moe_tp=32), "deepseek-v3", "18432 into 576, no multiple of the FP8 block of 128"),
+        (Worker(tp=3, ep=3), "deepseek-v3", "TP 3 must divide 128 attention heads"),
+        (Worker(dp=12, ep=12), "deepseek-v3", "EP 12 must divide 256 routed experts"),
+        (Worker(dp=8, ep=8), "deepseek-llm-7b", "is a dense model; use EP 1"),
+        (Worker(pp=64), "deepseek-v3", "PP 64 exceeds the model's 61 layers"),
+    ],
+)
+def test_refusals_say_what_to_change(worker: Worker, model: str, message: str):
+    with pytest.raises(UserError, match=message):
+        worker.check(load_model_spec(model), "fp8")
+
+
+def test_redundant_experts():
+    Worker(dp=144, ep=144).check(V3, "fp8")
+    assert Worker(dp=144, ep=144).redundant(V3) == 32  # DeepSeek's own: 288 = 2 x 144
+    assert Worker(dp=72, ep=72).redundant(V3) == 32
+    assert Worker(dp=64, ep=64).redundant(V3) == 0
+
+
+@pytest.mark.parametrize(("gpu", "precision"), [("A100", "fp8"), ("H100", "fp4"), ("H100", "int3")])
+def test_precisions_that_a_gpu_lacks(gpu: str, precision: str):
+    with pytest.raises(UserError, match=r"arithmetic|precision must be"):
+        search_serving(V3, parse_gpus(f"16x{gpu}"), 1024, 1024, precision, "sglang")
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+def test_cache_is_replicated_over_tp_and_split_over_pp_and_dp():
+    latent = 61 * 576 * 2
+    assert cache_bytes_per_token(V3, Worker(tp=8, moe_tp=8), "bf16") == latent
+    assert cache_bytes_per_token(V3, Worker(), "bf16") == latent
+    assert cache_bytes_per_token(V3, Worker(tp=8, moe_tp=8, pp=2), "bf16") == 31 * 576 * 2
+    assert cache_bytes_per_token(V3, Worker(tp=8, moe_tp=8), "fp8") == latent / 2
+    one, two, rows = (
+        serve_memory(V3, w, 141, "fp8", "bf16", 8192)
+        for w in (Worker(tp=8, moe_tp=8), Worker(tp=8, moe_tp=8, pp=2), Worker(dp=8, ep=8))
+    )
+    assert one.kv_capacity_tokens == int((one.total - one.fixed) / latent)
+    # Half the layers' weights and half the cache of a token on each of twice the GPUs.
+    assert two.kv_capacity_tokens > 3 * one.kv_capacity_tokens
+    # Each of eight ranks holds its own requests.
+    assert rows.kv_capacity_tokens == 8 * int((rows.total - rows.fixed) / latent)
+
+
+def test_weights_by_hand():
+    # 671B parameters in FP8 over eight: experts and the rest split eight ways, 84 GB; what every rank holds
+    # whole (down-projections, router, norms) and BF16 tables add a little.
+    weights = weight_bytes_per_gpu(V3, Worker(tp=8, moe_tp=8), "fp8")
+    assert 671e9 / 8 < weights < 1.04 * 671e9 / 8
+    # With DP attention each rank holds whole what TP split: attention, BF16 tables, shared and dense MLPs.
+    data_parallel = weight_bytes_per_gpu(V3, Worker(dp=8, ep=8), "fp8")
+    assert data_parallel - weights == pytest.approx(
+        7 / 8 * (11.4e9 + 2 * 2 * 129280 * 7168 + 2.55e9 + 1.2e9), rel=0.06
+    )
+    # NVFP4: 4.5 bits for the experts' 654B, attention in BF16; the published checkpoints have 394 to 424 GB.
+    assert 8 * weight_bytes_per_gpu(V3, Worker(tp=8, moe_tp=8), "fp4") == pytest.approx(400e9, rel=0.05)
+    assert weight_bytes_per_gpu(V3, Worker(), "bf16") == pytest.approx(2 * 671.03e9, rel=0.001)
+
+
+def test_what_does_not_fit_says_how_much_is_missing():
+    with pytest.raises(
+        UserError, match=r"weights and buffers need 8\d\.\d GiB per GPU, \d\.\d GiB more than H100"
+    ):
+        run(TP8, 4, "8xH100")
+    found = search_serving(V3, parse_gpus("8xH100"), 1024, 1024, "fp8", "sglang")
+    assert not found.plans
+    assert all("GiB more" in r.reason for r in found.rejected)
+    assert any(line.startswith("16 x H100 would hold it") for line in found.advice)
+
+
+# ---------------------------------------------------------------------------------------------------- laws
+
+
+def test_more_requests_bring_no_less_until_the_cache_is_full():
+    for layout in (TP8, "TP1 DPattn8 moeTP1 EP8"):
+        model = worker_model(parse_layout(layout).decode)
+        batch = np.unique(np.round(np.geomspace(1, model.most_requests, 60)))
+        rate = batch / np.asarray(model.decode_s(batch))
+        assert np.all(np.diff(rate) > 0)
+    full = run(TP8, 4096, isl=16384)
+    assert full.admitted < 4096
+    assert (
+        full.batch * full.memory.cache_bytes_per_token * (16384 + 512)
+        <= full.memory.total - full.memory.fixed
+    )
+    more = run(TP8, 8192, isl=16384)
+    assert more.batch == full.batch
+    assert more.ttft_s > full.ttft_s
+
+
+def test_longer_contexts_are_slower():
+    steps = [float(worker_model(Worker(tp=8, ep=8), isl=isl).decode_s(32.0)) for isl in (512, 4096, 32768)]
+    assert steps == sorted(steps)
+    prompts = [worker_model(Worker(tp=8, ep=8), isl=isl).prompt_alone_s for isl in (512, 4096, 32768)]
+    assert prompts == sorted(prompts)
+
+
+@pytest.mark.parametrize("change", ["memory_tb_s", "nic_gb_s", "tflops", "scale_up"])
+def test_a_better_gpu_is_not_slower(change: str):
+    gpu = load_gpu("H200")
+    assert gpu.scale_up is not None
+    better = {
+        "memory_tb_s": 2 * gpu.memory_tb_s,
+        "nic_gb_s": 400.0,
+        "tflops": {k: 2 * v for k, v in gpu.tflops.items()},
+        "scale_up": replace(gpu.scale_up, gb_s=900.0),
+    }[change]
+    layout = ServeLayout(Worker(dp=16, ep=16), 1, Worker(tp=8, ep=8), 2)
+    cluster = parse_gpus("32xH200")
+    work = Workload(4096, 1024)
+    times = []
+    for card in (gpu, replace(gpu, **{change: better})):
+        result = estimate(V3, replace(cluster, gpu=card), layout, work, 256, "fp8", software())
+        # Not the TPOT of the whole: quicker prompts make larger decode batches.
+        prompt = sum(result.prefill_parts.values())
+        times.append((1 / result.requests_per_s, prompt, sum(decode_parts(card, cluster).values())))
+    assert all(better <= now for now, better in zip(*times, strict=True))
+
+
+def decode_parts(gpu: Gpu, cluster: Cluster) -> dict[str, float]:
+    layout = Worker(dp=16, ep=16)
+    work = Workload(4096, 1024)
+    return WorkerModel(V3, replace(cluster, gpu=gpu), layout, software(), "fp8", work).decode_parts(256)
+
+
+def test_little_s_law_holds():
+    for layout, concurrency in ((TP8, 32), (DISAGGREGATED, 64), (DISAGGREGATED, 3000)):
+        r = run(layout, concurrency, "24xH200", osl=512, shortest=0.8, requests_per_slot=10)
+        assert concurrency == pytest.approx(r.requests_per_s * (r.ttft_s + 511 * r.tpot_s), rel=1e-6)
+        assert r.output_tokens_per_s == pytest.approx(512 * r.requests_per_s)
+        assert r.total_tokens_per_s_per_gpu == pytest.approx(3 * r.output_tokens_per_s_per_gpu)
+
+
+def test_prefill_workers_limit_a_disaggregated_deployment():
+    few = run("P 1x(TP1 DPattn8 moeTP1 EP8) + D 4x(TP1 DPattn8 moeTP1 EP8)", 2048, "64xH200", isl=8192)
+    more = run("P 3x(TP1 DPattn8 moeTP1 EP8) + D 4x(TP1 DPattn8 moeTP1 EP8)", 2048, "64xH200", isl=8192)
+    assert few.limited_by == "prefill"
+    # What the prefill pool delivers is what the decode workers complete.
+    assert few.requests_per_s * 1024 * few.tpot_s == pytest.approx(4 * few.batch, rel=0.05)
+    assert more.requests_per_s == pytest.approx(3 * few.requests_per_s, rel=0.1)
+    assert more.ttft_s < few.ttft_s / 2
+
+
+def test_speculation():
+    assert tokens_per_step(0, 0.9) == 1
+    assert tokens_per_step(1, 0.85) == pytest.approx(1.85)
+    assert tokens_per_step(3, 0.5) == pytest.approx(1.875)
+    plain, drafted = run(TP8, 4), run(TP8, 4, drafts=1, acceptance=0.85)
+    assert plain.tpot_s / 1.85 < drafted.tpot_s < plain.tpot_s / 1.3
+    # Of tokens that are never accepted only the cost is left.
+    assert run(TP8, 4, drafts=1, acceptance=0.0).tpot_s > plain.tpot_s
+    assert "drafts" in drafted.decode_parts
+
+
+def test_imbalance_costs_and_balance_pays():
+    cluster = parse_gpus("32xH200")
+    layout, work = ServeLayout(Worker(dp=32, ep=32)), Workload(1024, 1024)
+    even, hot = (
+        estimate(V3, cluster, layout, work, 4096, "fp8", software(), Traffic(imbalance=i)).tpot_s
+        for i in (1.0, 2.0)
+    )
+    assert even < hot
+    assert Traffic().hottest(1, 256) == 1.0
+    assert Traffic().hottest(64, 4) > Traffic().hottest(8, 32) > 1.0
+    # Twenty-two thousand tokens leave no expert cold; one visits top_k of them.
+    assert Traffic().hit_share(22_000, 8 / 256) == pytest.approx(1.0, abs=0.01)
+    assert Traffic().hit_share(1, 8 / 256) == pytest.approx(8 / 256, rel=0.02)
+
+
+def test_two_batch_overlap_hides_the_exchange():
+    cluster = parse_gpus("32xH800")
+    base = load_software("deepseek", cluster.gpu, "fp8")
+    model = WorkerModel(V3, cluster, Worker(dp=32, ep=32), base, "fp8", Workload(4096, 1))
+    apart = replace(model, software=replace(base, overlap=False))
+    assert model.prompt_busy_s < apart.prompt_busy_s
+
+
+# ------------------------------------------------------------------------------------------------- software
+
+
+def test_generations_go_by_date():
+    assert generation_of("sglang", "2025-11-10") == "2025"
+    assert generation_of("sglang", "2026-03-25") == generation_of("sglang", "") == "2026"
+    assert generation_of("trtllm", "not a date") == "2026"
+    with pytest.raises(UserError, match="did you mean 'sglang'"):
+        load_software("sglan", load_gpu("H100"), "fp8")
+    with pytest.raises(UserError, match="unknown generation"):
+        load_software("sglang", load_gpu("H100"), "fp8", "1999")
+
+
+def test_gpus_without_curves_take_their_kin_s_and_say_so():
+    assert load_software("sglang", load_gpu("H200"), "fp8").notes == ()
+    assert "Hopper" in load_software("sglang", load_gpu("MI300X"), "fp8").notes[0]
+    for gpu in ("A100", "H20", "L40S", "RTX4090", "MI300X"):
+        found = search_serving(
+            load_model_spec("deepseek-v2-lite"), parse_gpus(f"4x{gpu}"), 512, 128, "bf16", "vllm"
+        )
+        assert found.plans, gpu
+        assert all(np.isfinite([e.ttft_s, e.tpot_s]).all() for e in found.plans)
+
+
+@pytest.mark.parametrize("bad", [{"isl": 0, "osl": 1}, {"isl": 1, "osl": 1, "drafts": -1}])
+def test_workloads_are_checked(bad: dict[str, int]):
+    with pytest.raises(UserError):
+        Workload(**bad)
+
+
+# --------------------------------------------------------------------------------------------------- search
+
+
+def test_search_ranks_what_fits_and_keeps_the_limits():
+    began = time.perf_counter()
+    found = search_serving(
+        V3, parse_gpus("64xH100"), 4096, 1024, "fp8", "sglang", ttft_limit_s=2.0, tpot_limit_s=0.05
+    )
+    assert time.perf_counter() - began < 2
+    assert found.candidates > 2000
+    output = [plan.output_tokens_per_s for plan in found.plans]
+    assert output == sorted(output, reverse=True)
+    assert all(p.ttft_s <= 2.0 and p.tpot_s <= 0.05 for p in found.plans)
+    assert {p.layout.mode for p in found.plans} == {"aggregated", "disaggregated"}
+    assert all(p.layout.num_gpus <= 64 for p in found.plans)
+    assert all(sum(p.memory.by_category().values()) <= p.memory.total for p in found.plans)
+    assert any("GiB more than" in r.reason for r in found.rejected)
+
+
+def test_plans_are_plain_values():
+    plan = run(DISAGGREGATED, 64, "24xH200").as_dict()
+    assert json.loads(json.dumps(plan)) == plan
+    assert plan["memory_gib"] == pytest.approx(sum(plan["memory_by_category_gib"].values()))
+    assert {"ttft_ms", "tpot_ms", "tokens_per_s", "tokens_per_s_per_gpu", "limited_by"} <= plan.keys()
+
+
+def test_prompts_longer_than_the_model_are_refused():
+    with pytest.raises(UserError, match="exceed the 163840 positions"):
+        run(TP8, 1, isl=163840)
+
+
+def test_impossible_limits_are_explained():
+    found = search_serving(V3, parse_gpus("16xH200"), 4096, 1024, "fp8", "sglang", tpot_limit_s=0.001)
+    assert not found.plans
+    assert any("TPOT at best" in r.reason for r in found.rejected)
+    assert any("limits" in line for line in found.advice)
+
+
+def test_the_front_trades_speed_for_throughput():
+    front = pareto(V3, parse_gpus("16xH200"), 1024, 1024, "fp8", "sglang", modes=("aggregated",))
+    per_user = [e.tokens_per_s_per_user for e in front]
+    per_gpu = [e.output_tokens_per_s_per_gpu for e in front]
+    assert len(front) > 5
+    assert per_user == sorted(per_user, reverse=True)
+    assert per_gpu == sorted(per_gpu)
+
+
+def test_import_needs_no_torch():
+    code = "import sys, whalepod.planner.serve_search as s; print(bool(s), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True False\n"
+
+
+# ------------------------------------------------------------------------------------------------- accuracy
+
+
+def test_published_runs_are_predicted():
+    rows = serve_accuracy.serving_rows(SAMPLE)
+    assert len(rows) == 13
+    overall = serve_accuracy.serving_medians(rows)[0]
+    assert overall["rows"] == 13
+    assert overall["median_error_tpot_ms"] < 0.10
+    assert overall["median_error_output_tok_s_per_gpu"] < 0.10
+    assert overall["median_error_ttft_ms"] < 0.40
+    assert all(r["error"] == pytest.approx(r["predicted"] / r["published"] - 1) for r in rows)
+
+
+def test_published_points_of_large_deployments():
+    points = serve_accuracy.published_points()
+    assert sum(p["comparable"] for p in points) == 6
+    for point in points:
+        if point["comparable"]:
+            assert abs(point["error"]) < 0.15, point["name"]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("gpu", "b2000", "line 3 .*column 'gpu': unknown GPU"),
+        ("layout", "", "column 'layout': layout '' must look like"),
+        ("isl", "12a", "column 'isl': must be a whole number above 0, not '12a'"),
+        ("concurrency", "0", "column 'concurrency'"),
+        ("moe_quant", "nvfp4", "this GPU has no FP4"),
+    ],
+)
+def test_bad_cells_are_named(tmp_path: Path, column: str, value: str, message: str):
+    lines = [line for line in SAMPLE.read_text().splitlines() if "cfg81" in line or line.startswith("id")]
+    names, cells = lines[0].split(","), lines[1].split(",")
+    cells[names.index(column)] = value
+    bad = tmp_path / "bad.csv"
+    bad.write_text("\n".join([lines[0], lines[1], ",".join(cells)]))
+    with pytest.raises(UserError, match=message) as error:
+        serve_accuracy.serving_rows(bad)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_engines_and_blank_cells_are_predicted_with_a_note(tmp_path: Path):
+    table = tmp_path / "runs.csv"
+    table.write_text(f"gpu,engine,isl,osl,concurrency,layout\nh200,someserve,1024,1024,8,{TP8}\n")
+    (row,) = serve_accuracy.serving_rows(table)
+    assert row["predicted_tpot_ms"] > 1
+    assert row["error_tpot_ms"] is None
+    assert row["error"] is None
+    assert any("someserve" in note for note in row["notes"])
+    assert any("precision" in note for note in row["notes"])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a,b\n1,2\n", b""])
+def test_tables_that_are_none(tmp_path: Path, content: bytes):
+    table = tmp_path / "runs.csv"
+    table.write_bytes(content)
+    with pytest.raises(UserError):
+        serve_accuracy.serving_rows(table)
+    with pytest.raises(UserError, match="cannot read"):
+        serve_accuracy.serving_rows(tmp_path / "absent.csv")
