@@ -31,6 +31,52 @@ PIPED_WIDTH = 160
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with stable keys instead of a table.")]
 
 
+def _option(help_: str, *names: str, panel: str | None = None) -> Any:
+    return typer.Option(*names, help=help_, show_default=False, rich_help_panel=panel)
+
+
+# What `plan` and `scale` both ask; each is the field of report.question.Question that has its name.
+ModelArgument = Annotated[str, typer.Argument(help="A model's name, a checkpoint folder or a config.json.")]
+GoalOption = Annotated[str, typer.Option("--for", help="train or serve.")]
+PrecisionOption = Annotated[
+    str | None, _option("bf16, fp8 or fp4; FP8 where weights were released so and the GPU has it, else BF16.")
+]
+ImbalanceOption = Annotated[float | None, _option("Tokens of the busiest experts' rank over the mean; 1.")]
+GpusPerNodeOption = Annotated[int | None, _option("GPUs in a node; the hardware's usual number.")]
+PriceOption = Annotated[float | None, _option("USD per GPU and hour, over the dated price that is known.")]
+MemoryOption = Annotated[float | None, _option("Of each GPU, over the database's.", "--memory-gib")]
+BandwidthOption = Annotated[
+    float | None, _option("Of each GPU's memory, over the database's.", "--memory-tb-s")
+]
+LinkOption = Annotated[float | None, _option("Of the fast link, one way.", "--scale-up-gb-s")]
+NicOption = Annotated[float | None, _option("Each GPU's share of the network, one way.", "--nic-gb-s")]
+MtpOption = Annotated[
+    bool | None,
+    _option("Train multi-token prediction, or speculate with it; default: train it.", "--mtp/--no-mtp"),
+]
+_TRAIN, _SERVE = "With --for train", "With --for serve"
+SoftwareOption = Annotated[str | None, _option("Stack and release, such as megatron-26.02.", panel=_TRAIN)]
+BatchOption = Annotated[int | None, _option("Sequences a step; 15360, small models 4608.", panel=_TRAIN)]
+SequenceOption = Annotated[int | None, _option("Tokens in a sequence; 4096.", panel=_TRAIN)]
+TpOption = Annotated[int | None, _option("Only this tensor parallelism.")]
+PpOption = Annotated[int | None, _option("Only so many pipeline ranks.")]
+EpOption = Annotated[int | None, _option("Only this expert parallelism.")]
+CpOption = Annotated[int | None, _option("Only this context parallelism.", panel=_TRAIN)]
+MicroBatchOption = Annotated[int | None, _option("Only this micro-batch.", panel=_TRAIN)]
+ZeroOption = Annotated[int | None, _option("Only this ZeRO stage, 1 to 3.", panel=_TRAIN)]
+ScheduleOption = Annotated[str | None, _option("Only this pipeline schedule.", panel=_TRAIN)]
+RecomputeOption = Annotated[str | None, _option("none, selective or full.", panel=_TRAIN)]
+IslOption = Annotated[int | None, _option("Tokens of a prompt; 4096.", panel=_SERVE)]
+OslOption = Annotated[int | None, _option("Tokens of an answer; 1024.", panel=_SERVE)]
+ConcurrencyOption = Annotated[
+    float | None, _option("Requests in flight; the best if left out.", panel=_SERVE)
+]
+EngineOption = Annotated[str | None, _option("sglang, trtllm, vllm, ...; sglang.", panel=_SERVE)]
+TtftOption = Annotated[float | None, _option("At most, to the first token.", "--ttft-ms", panel=_SERVE)]
+TpotOption = Annotated[float | None, _option("At most, per output token.", "--tpot-ms", panel=_SERVE)]
+ModeOption = Annotated[str | None, _option("aggregated, disaggregated or any.", panel=_SERVE)]
+
+
 class _Commands(TyperGroup):
     """Names the nearest command when there is none of the given name."""
 
@@ -77,6 +123,139 @@ def models(
         console.print(family.family_table(family.models_json(), console.width))
     else:
         console.print(family.model_view(name))
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    model: ModelArgument,
+    gpus: Annotated[str, typer.Option(help="A count and a name, like 64xH100.")],
+    goal: GoalOption,
+    precision: PrecisionOption = None,
+    imbalance: ImbalanceOption = None,
+    gpus_per_node: GpusPerNodeOption = None,
+    price: PriceOption = None,
+    memory_gib: MemoryOption = None,
+    memory_tb_s: BandwidthOption = None,
+    scale_up_gb_s: LinkOption = None,
+    nic_gb_s: NicOption = None,
+    mtp: MtpOption = None,
+    software: SoftwareOption = None,
+    global_batch: BatchOption = None,
+    sequence_length: SequenceOption = None,
+    tp: TpOption = None,
+    pp: PpOption = None,
+    ep: EpOption = None,
+    cp: CpOption = None,
+    micro_batch: MicroBatchOption = None,
+    zero: ZeroOption = None,
+    schedule: ScheduleOption = None,
+    recompute: RecomputeOption = None,
+    isl: IslOption = None,
+    osl: OslOption = None,
+    concurrency: ConcurrencyOption = None,
+    engine: EngineOption = None,
+    ttft_ms: TtftOption = None,
+    tpot_ms: TpotOption = None,
+    mode: ModeOption = None,
+    top: Annotated[int, typer.Option(help="Plans to show.")] = 5,
+    calculator: Annotated[
+        bool, typer.Option("--calculator", help="What parameters x bytes x 1.15 says beside.")
+    ] = False,
+    emit: Annotated[Path | None, _option("Write the first plan as a run.yaml for `whalepod train`.")] = None,
+    html: Annotated[Path | None, _option("Write a report with pictures, in one file.")] = None,
+    picture: Annotated[Path | None, _option("Write a picture (PNG).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The best layouts for a model on given GPUs: memory, speed, cost, what limits them, what would help."""
+    from whalepod.report import answer
+
+    asked = _question(context)
+    found = answer.plan(asked, gpus, top, emit=emit, html=html, picture=picture)
+    if as_json:
+        print_json(found.doc)
+        return
+    console = make_console()
+    console.print(found.view(console.width, calculator))
+    _print_files(console, run=emit, report=html, picture=picture)
+
+
+@app.command()
+def scale(
+    context: typer.Context,
+    model: ModelArgument,
+    gpu: Annotated[str, typer.Option(help="A GPU's name, like H800, or its profile's file.")],
+    goal: GoalOption,
+    counts: Annotated[
+        str | None,
+        _option("8,16,64 or 8..2048 (doublings); from the smallest that fits to 16384 if left out."),
+    ] = None,
+    precision: PrecisionOption = None,
+    imbalance: ImbalanceOption = None,
+    gpus_per_node: GpusPerNodeOption = None,
+    price: PriceOption = None,
+    memory_gib: MemoryOption = None,
+    memory_tb_s: BandwidthOption = None,
+    scale_up_gb_s: LinkOption = None,
+    nic_gb_s: NicOption = None,
+    mtp: MtpOption = None,
+    software: SoftwareOption = None,
+    global_batch: BatchOption = None,
+    sequence_length: SequenceOption = None,
+    tp: TpOption = None,
+    pp: PpOption = None,
+    ep: EpOption = None,
+    cp: CpOption = None,
+    micro_batch: MicroBatchOption = None,
+    zero: ZeroOption = None,
+    schedule: ScheduleOption = None,
+    recompute: RecomputeOption = None,
+    isl: IslOption = None,
+    osl: OslOption = None,
+    concurrency: ConcurrencyOption = None,
+    engine: EngineOption = None,
+    ttft_ms: TtftOption = None,
+    tpot_ms: TpotOption = None,
+    mode: ModeOption = None,
+    html: Annotated[Path | None, _option("Write a report with pictures, in one file.")] = None,
+    picture: Annotated[Path | None, _option("Write the scaling curve (PNG).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What each added GPU brings: throughput, efficiency, memory, days and cost at every count."""
+    from whalepod.report import answer, scaling
+
+    asked = _question(context)
+    with text_progress() as progress:
+        doc = answer.scale(asked, gpu, counts, html=html, picture=picture, progress=progress)
+    if as_json:
+        print_json(doc)
+        return
+    console = make_console()
+    console.print(scaling.scale_view(doc, console.width))
+    _print_files(console, report=html, picture=picture)
+
+
+@app.command()
+def accuracy(
+    training: Annotated[Path | None, _option("A CSV of published training runs, over our own.")] = None,
+    serving: Annotated[Path | None, _option("A CSV of published serving runs, over our own.")] = None,
+    markdown: Annotated[Path | None, _option("Write the tables as markdown.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The planner beside published measurements: every row with its error, medians by group."""
+    from whalepod.report import accuracy as report
+    from whalepod.report.planning import check_place, write_text
+
+    check_place(markdown, "--markdown")
+    doc = report.accuracy_json(training, serving)
+    if markdown is not None:
+        write_text(markdown, report.accuracy_markdown(doc), "--markdown")
+    if as_json:
+        print_json(doc)
+        return
+    console = make_console()
+    console.print(report.accuracy_view(doc, console.width))
+    _print_files(console, markdown=markdown)
 
 
 @app.command()
@@ -224,6 +403,20 @@ def convert(
     with text_progress() as progress:
         export(src, dst, to, lambda done, total: progress("writing", done, total))
     make_console().print(str(dst))
+
+
+def _question(context: typer.Context) -> Any:
+    """The options of a command that are fields of a Question, as one."""
+    from whalepod.report.question import Question
+
+    names = {field.name for field in dataclasses.fields(Question)}
+    return Question(**{name: value for name, value in context.params.items() if name in names})
+
+
+def _print_files(console: Console, **written: Path | None) -> None:
+    for name, path in written.items():
+        if path is not None:
+            console.print(f"{name}: {path}")
 
 
 @contextmanager

@@ -1,0 +1,199 @@
+"""`whalepod plan` as data: training plans in JSON with stable keys, layouts in words, runs. No torch.
+
+`training_json` gives the one dictionary that the table, the pictures and the page draw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from whalepod.planner.plan import TrainingAnswer, TrainingPlan
+from whalepod.report.calculator import web_calculator
+from whalepod.report.question import Question
+from whalepod.spec.errors import UserError
+from whalepod.spec.hardware import Cluster
+from whalepod.spec.layout import Layout
+from whalepod.spec.presets import load_preset
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+def training_json(answer: TrainingAnswer) -> dict[str, Any]:
+    """The whole answer. Units are in the keys; a GiB is 2^30 bytes; plans are sorted, the best first.
+
+    - `memory_gib`, `memory_by_category_gib`: of the fullest pipeline rank; `memory_by_rank_gib`: of all.
+    - `time_parts_s`: of the busiest pipeline rank, adding up to `step_s`. `exposed`: communication that
+      nothing hides, by axis. `interference`: computation slowed by what is hidden.
+    - `mfu`: of the dense BF16 peak. `helps`: one input changed, and what the plan gains then.
+    """
+    job = answer.job
+    gpu = job.cluster.gpu
+    plans = [plan_json(plan) for plan in answer.plans]
+    return {
+        "model": job.spec.name,
+        "gpu": gpu.name,
+        "num_gpus": job.cluster.num_gpus,
+        "gpus_per_node": job.cluster.gpus_per_node,
+        "goal": "train",
+        "precision": job.precision,
+        "software": job.software.name,
+        "sequence_length": job.sequence_length,
+        "global_batch": job.global_batch,
+        "imbalance": job.imbalance,
+        "mtp": bool(job.mtp and job.spec.num_nextn_predict_layers),
+        "gpu_memory_gib": gpu.memory_gib,
+        "usable_memory_gib": job.limit_gib,
+        "price": price_json(job.cluster),
+        "plans": plans,
+        "rejected": [
+            {
+                "layout": None if r.layout is None else layout_json(r.layout),
+                "layout_in_words": None if r.layout is None else "; ".join(layout_words(r.layout)),
+                "reason": r.reason,
+            }
+            for r in answer.rejected
+            if r.reason not in answer.advice
+        ],
+        "advice": list(answer.advice),
+        "notes": [],
+        "layouts_considered": answer.considered,
+        "layouts_fitting": answer.fitting,
+        "web_calculator": web_calculator(
+            job.spec, job.cluster, job.precision, "train", cluster_memory_gib(answer.plans)
+        ),
+    }
+
+
+def plan_json(plan: TrainingPlan) -> dict[str, Any]:
+    """One plan; see `training_json`."""
+    step = plan.step
+    known = sum(step.parts.values()) + sum(step.exposed.values())
+    known += step.bubble + step.optimizer + step.interference
+    return {
+        "layout": layout_json(plan.layout),
+        "layout_in_words": "; ".join(layout_words(plan.layout)),
+        "tokens_per_s": plan.tokens_per_s,
+        "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
+        "tflops_per_gpu": plan.tflops_per_gpu,
+        "mfu": plan.mfu,
+        "step_s": step.seconds,
+        "memory_gib": plan.memory_gib,
+        "memory_by_category_gib": dict(plan.memory_by_category),
+        "memory_by_rank_gib": [dict(parts) for parts in plan.memory_by_rank],
+        "time_parts_s": {
+            "computation": {name: s for name, s in step.parts.items() if s > 0},
+            "exposed": {axis: s for axis, s in step.exposed.items() if s > 0},
+            "bubble": step.bubble,
+            "interference": step.interference,
+            "optimizer": step.optimizer,
+            "other": max(step.seconds - known, 0.0),
+        },
+        "limited_by": plan.limited_by,
+        "helps": [asdict(help_) for help_ in plan.helps],
+        "warnings": list(plan.warnings),
+        "usd_per_hour": plan.usd_per_hour,
+        "usd_per_trillion_tokens": plan.usd_per_trillion_tokens,
+        "days_per_trillion_tokens": plan.days_per_trillion_tokens,
+        "gpu_hours_per_trillion_tokens": plan.gpu_hours_per_trillion_tokens,
+    }
+
+
+def layout_json(layout: Layout) -> dict[str, Any]:
+    """Every field of the layout."""
+    values = asdict(layout)
+    if layout.stage_layers is not None:
+        values["stage_layers"] = list(layout.stage_layers)
+    return values
+
+
+def layout_words(layout: Layout) -> tuple[str, str]:
+    """How a model is spread, `pp 16 x dp 128 x ep 64`, and how it works, `dualpipev, micro-batch 1, ...`."""
+    names = {"dp_replicate": "replicate", "dp_shard": "dp"}
+    sizes = [(names.get(axis, axis), getattr(layout, axis)) for axis in AXES]
+    axes = " x ".join(f"{name} {size}" for name, size in sizes if size > 1) or "1 device"
+    if layout.ep > 1:
+        axes += f", ep {layout.ep}"
+    work = [f"micro-batch {layout.micro_batch}", f"ZeRO {layout.zero}"]
+    if layout.pp > 1:
+        stages = f" x {layout.stages_per_rank}" if (layout.stages_per_rank or 1) > 1 else ""
+        work.insert(0, f"{layout.schedule}{stages}")
+    work.append("no recompute" if layout.recompute == "none" else f"recompute {layout.recompute}")
+    return axes, ", ".join(work)
+
+
+def price_json(cluster: Cluster) -> dict[str, Any] | None:
+    """The GPU's price with its date and source; None where nobody said one."""
+    price = cluster.gpu.price
+    if price is None:
+        return None
+    return {"usd_per_gpu_hour": price.usd_per_hour, "date": price.date, "source": price.source}
+
+
+def cluster_memory_gib(plans: tuple[TrainingPlan, ...]) -> float | None:
+    """What the best plan holds on all devices together."""
+    if not plans:
+        return None
+    best = plans[0]
+    devices = best.num_gpus // len(best.memory_by_rank)
+    return devices * sum(sum(parts.values()) for parts in best.memory_by_rank)
+
+
+def run_yaml(question: Question, answer: TrainingAnswer) -> str:
+    """The best plan as the text of a run.yaml that `whalepod train` takes. Raises UserError without one."""
+    from whalepod.spec.run import dump_run, make_run
+
+    name = answer.job.spec.name
+    if not answer.plans:
+        raise UserError(f"there is no plan to emit: {answer.advice[0] if answer.advice else 'nothing fits'}")
+    if load_preset(question.model).status == "counts":
+        raise UserError(f"{name} can be planned for but not trained yet, so there is no run to emit")
+    layout = answer.plans[0].layout
+    layout.check_model(answer.job.spec, answer.job.sequence_length)
+    folder = "".join(c if c.isalnum() or c in "-._" else "-" for c in name).strip(".") or "run"
+    config = make_run(
+        {
+            "model": question.run_model,
+            "layout": layout_json(layout),
+            "data": {"sequence_length": answer.job.sequence_length},
+            "out": f"runs/{folder}",
+        }
+    )
+    return dump_run(config)
+
+
+def run_notes(answer: TrainingAnswer) -> list[str]:
+    """How the run that was emitted differs from the plan."""
+    software = answer.job.software.name
+    if software == "whalepod":
+        return []
+    return [
+        f"the speed and memory are those of {software}; `whalepod train`, which takes the emitted file, is "
+        "--software whalepod (FP32 moments)"
+    ]
+
+
+def write_text(path: Path, text: str, flag: str) -> None:
+    """Writes a file that the user named; raises UserError with one line where that cannot be."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{flag}: cannot write {str(path)!r}: {reason}") from None
+
+
+def check_place(path: Path | None, flag: str, suffixes: tuple[str, ...] = ()) -> None:
+    """Raises UserError, before anything is computed, where a file cannot be written there."""
+    if path is None:
+        return
+    try:
+        folder, is_folder = path.parent.is_dir(), path.is_dir()
+    except (OSError, ValueError):
+        folder, is_folder = False, False
+    if is_folder:
+        raise UserError(f"{flag}: {str(path)!r} is a folder")
+    if not folder:
+        raise UserError(f"{flag}: there is no folder {str(path.parent)!r}")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UserError(f"{flag}: the name must end in {' or '.join(suffixes)}, not {path.suffix!r}")
