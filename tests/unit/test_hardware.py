@@ -189,13 +189,13 @@ def test_no_spelling_is_taken_twice() -> None:
 def test_clusters(text, per_node, nodes, domain, gb_s) -> None:
     cluster = parse_gpus(text, gpus_per_node=per_node)
     assert (cluster.num_nodes, cluster.domain, cluster.domain_gb_s) == (nodes, domain, gb_s)
-    assert cluster.gpus_per_node <= cluster.num_gpus
     assert cluster.nic_gb_s == cluster.gpu.nic_gb_s
 
 
 def test_nodes() -> None:
     assert parse_gpus("256xGB200").gpus_per_node == 4
-    assert parse_gpus("4xH100").gpus_per_node == 4
+    assert (parse_gpus("4xH100").gpus_per_node, parse_gpus("4xH100").domain) == (8, 4)
+    assert (parse_gpus("8xRTX4090").most, parse_gpus("8xH100").most) == (8, MAX_GPUS)
     assert not load_gpu("RTX4090").peer_to_peer
     assert load_gpu("L40S").peer_to_peer
     assert parse_gpus(f"{MAX_GPUS}xH100").num_gpus == MAX_GPUS

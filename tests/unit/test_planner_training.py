@@ -287,7 +287,7 @@ def test_rows_that_cannot_be_read_name_the_line(tmp_path):
     for column, value, message in (
         ("gpu", "H10", "unknown GPU"),
         ("pp", "x", "pp must be a whole number"),
-        ("tp", "0", "tp must be at least 1"),
+        ("tp", "0", "tp must be from 1"),
         ("model", "nonsense", "unknown model"),
         ("tok_s_gpu", "fast", "tok_s_gpu must be a number"),
     ):

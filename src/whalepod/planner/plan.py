@@ -6,6 +6,7 @@ input changed, and the gain is what that input is worth.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -132,9 +133,14 @@ def plan_training(job: TrainingJob, top: int = 5) -> TrainingAnswer:
     )
 
 
+def precisions(job: TrainingJob) -> list[str]:
+    """Those that `auto` stands for."""
+    return [name for name in ("fp8", "bf16") if job.cluster.gpu.supports(name)]
+
+
 def _best_precision(job: TrainingJob, top: int) -> TrainingAnswer:
     """The answers of all precisions as one."""
-    names = [name for name in ("fp8", "bf16") if job.cluster.gpu.supports(name)]
+    names = precisions(job)
     answers = [plan_training(replace(job, precision=name), top) for name in names]
     plans = sorted((plan for answer in answers for plan in answer.plans), key=lambda plan: plan.step.seconds)
     first = plans[0].layout.precision if plans else names[0]
@@ -159,6 +165,11 @@ def _best_precision(job: TrainingJob, top: int) -> TrainingAnswer:
 
 def best_plan(job: TrainingJob) -> TrainingPlan | None:
     """The first plan of `plan_training`, without looking for what would help."""
+    if job.precision == "auto":
+        plans = [
+            plan for name in precisions(job) if (plan := best_plan(replace(job, precision=name))) is not None
+        ]
+        return min(plans, key=lambda plan: plan.step.seconds, default=None)
     try:
         found = search(job)
     except UserError:
@@ -196,7 +207,7 @@ def _plan(found: Search, row: int, step: Step) -> TrainingPlan:
         mfu=tokens * flops / n / peak if peak else float("nan"),
         memory_gib=float(found.need_gib[row]),
         memory_by_rank=tuple(MappingProxyType(found.memory.by_category(row, rank)) for rank in ranks),
-        limited_by=helps[0].change.split(" x2")[0] if helps else "compute",
+        limited_by=re.split(" x2|:", helps[0].change)[0] if helps else "compute",
         helps=tuple(h for h in helps if h.gain >= WORTH),
         warnings=tuple(_warnings(job, layout, step)),
         usd_per_gpu_hour=price,
@@ -318,7 +329,8 @@ def _advice(found: Search, plans: tuple[TrainingPlan, ...]) -> tuple[str, ...]:
         f"({named}), and {job.limit_gib:.1f} of {gpu.memory_gib:g} GiB are usable"
     ]
     if (count := smallest_count(job)) is not None:
-        lines.append(f"smallest change: {count} x {gpu.name} instead of {n}")
+        network = "" if count <= job.cluster.most else ", whose network is not known: give it with --nic-gb-s"
+        lines.append(f"smallest change: {count} x {gpu.name} instead of {n}{network}")
     enough = [
         other.name
         for other in map(load_gpu, gpu_names())
@@ -341,48 +353,45 @@ def _fewer(job: TrainingJob) -> list[str]:
 
 def check_network(cluster: Cluster) -> None:
     """Raises UserError where nobody knows how fast nodes speak to each other."""
-    if gpu_has_no_network(cluster) and cluster.num_gpus > cluster.domain:
+    if cluster.num_gpus > cluster.most:
         raise UserError(
             f"the network between nodes of {cluster.gpu.name} is not known: give GB/s per GPU with --nic-gb-s"
         )
 
 
-def gpu_has_no_network(cluster: Cluster) -> bool:
-    return cluster.nic_gb_s is None
-
-
 def _twice_the_gpus(job: TrainingJob, best: TrainingPlan) -> list[str]:
     """What twice the GPUs bring to a plan of the same kind."""
     n, layout = 2 * job.cluster.num_gpus, best.layout
-    if n > MAX_COUNT or (gpu_has_no_network(job.cluster) and n > job.cluster.domain):
+    if n > min(MAX_COUNT, job.cluster.most):
         return []
     same = {name: getattr(layout, name) for name in ("pp", "tp", "cp", "micro_batch", "recompute")}
-    cluster = Cluster(job.cluster.gpu, n, min(n, job.cluster.gpu.gpus_per_node))
-    twice = best_plan(replace(job, cluster=cluster, pins={**job.pins, **same}))
+    twice = best_plan(replace(job, cluster=job.cluster.of(n), pins={**job.pins, **same}))
     if twice is None:
         return []
     gain = twice.tokens_per_s / best.tokens_per_s
     return [f"{n:,} GPUs instead of {n // 2:,}: {gain:.2f} times the tokens/s, {gain / 2:.0%} efficiency"]
 
 
-def smallest_count(job: TrainingJob) -> int | None:
-    """The smallest power-of-two multiple of a node's GPUs on which the job fits, up to MAX_COUNT."""
+def smallest_count(job: TrainingJob, at_least: int | None = None) -> int | None:
+    """The least power of two of GPUs that hold the job, more than it has (or `at_least`), to MAX_COUNT."""
     n = 1
-    while n < job.cluster.num_gpus:
+    while n < (at_least or job.cluster.num_gpus + 1):
         n *= 2
-    while (n := n * 2) <= MAX_COUNT:
+    while n <= MAX_COUNT:
         if _fits_on(job, n):
             return n
+        n *= 2
     return None
 
 
 def _fits_on(job: TrainingJob, n: int) -> bool:
     """Whether the leanest layout fits on `n` of the job's GPUs."""
-    cluster = Cluster(job.cluster.gpu, n, min(n, job.cluster.gpu.gpus_per_node))
+    if job.precision == "auto":
+        return any(_fits_on(replace(job, precision=name), n) for name in precisions(job))
     lean = {**job.pins, "recompute": "full", "micro_batch": 1}
     batch = job.global_batch if job.global_batch % n == 0 else default_batch(job.spec, n)
     try:
-        found = search(replace(job, cluster=cluster, global_batch=batch, pins=lean))
+        found = search(replace(job, cluster=job.cluster.of(n), global_batch=batch, pins=lean))
     except UserError:
         return False
     return bool((found.need_gib <= job.limit_gib).any())

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from whalepod.planner.plan import MAX_COUNT, TrainingPlan, best_plan, check_network, smallest_count
 from whalepod.planner.search import TrainingJob
-from whalepod.spec.hardware import Cluster
 
 Progress = Callable[[str, int, int], None]
 
@@ -25,15 +24,13 @@ def scale_training(
     job: TrainingJob, counts: Sequence[int], progress: Progress | None = None
 ) -> tuple[ScalePoint, ...]:
     """The best plan of `job` at each count of its GPU, the batch staying as it is (strong scaling)."""
-    gpu = job.cluster.gpu
-    node = max(job.cluster.gpus_per_node, gpu.gpus_per_node)
     if counts:
-        check_network(Cluster(gpu, max(counts), min(node, max(counts))))
+        check_network(job.cluster.of(max(counts)))
     plans: list[tuple[int, TrainingPlan | None]] = []
     for done, count in enumerate(sorted(set(counts))):
         if progress:
             progress("planning", done, len(counts))
-        plans.append((count, best_plan(replace(job, cluster=Cluster(gpu, count, min(node, count))))))
+        plans.append((count, best_plan(replace(job, cluster=job.cluster.of(count)))))
     if progress:
         progress("planning", len(counts), len(counts))
     base = next((plan.tokens_per_s_per_gpu for _, plan in plans if plan is not None), None)
@@ -45,10 +42,10 @@ def scale_training(
 
 def default_counts(job: TrainingJob) -> list[int]:
     """Doublings from the smallest count that fits, one below it shown too, to MAX_COUNT."""
-    one = replace(job, cluster=Cluster(job.cluster.gpu, 1, 1))
-    first = smallest_count(one) or 8
-    count, counts = max(1, first // 2), []
-    while count <= MAX_COUNT:
+    most = min(MAX_COUNT, job.cluster.most)
+    first = smallest_count(job, at_least=1)
+    count, counts = max(1, min(first or most, most) // 2), []
+    while count <= most:
         counts.append(count)
         count *= 2
     return counts

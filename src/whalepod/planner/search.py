@@ -75,8 +75,9 @@ class TrainingJob:
 
 
 def default_batch(spec: ModelSpec, num_gpus: int = 1) -> int:
-    """Sequences a step of the reports: 15,360 for V3 (section 4.2), 4,608 for V2-Lite (appendix B); for numbers
-    of GPUs with other factors, the nearest that they divide."""
+    """Sequences a step of the reports: 15,360 for V3 (section 4.2), 4,608 for V2-Lite (appendix B).
+
+    Where the number of GPUs has other factors than two, the nearest batch that they divide."""
     batch = 15360 if spec.hidden_size >= 4096 else 4608
     odd = num_gpus // (num_gpus & -num_gpus)
     if batch % odd == 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 from typing import Literal
 
 from whalepod.spec.errors import UserError
@@ -78,7 +79,8 @@ class Worker:
         for name, size, parts in widths:
             if size % parts or (size // parts) % block:
                 rule = f" no multiple of the FP8 block of {block}" if size % parts == 0 else " not whole"
-                fits = max(p for p in range(1, parts + 1) if size % (p * block) == 0)
+                both = gcd(size // block, spec.num_attention_heads)
+                fits = max(p for p in range(1, parts + 1) if both % p == 0)
                 raise UserError(
                     f"TP {parts} cuts {name} {size} into {size / parts:g},{rule}; at most TP {fits} here, "
                     "or spread the rest over DP and EP"

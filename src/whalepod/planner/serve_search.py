@@ -21,8 +21,8 @@ from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Cluster
 from whalepod.spec.model import ModelSpec
 
-_CONCURRENCY = np.unique(np.round(2.0 ** (np.arange(0, 31) / 2.0)))
-"""1 to 32,768 in steps of half a doubling."""
+_CONCURRENCY = np.unique(np.round(2.0 ** (np.arange(0, 53) / 2.0)))
+"""1 to 67 million in steps of half a doubling; a layout takes as many as it has room for."""
 _MOST_WORKER_GPUS = 320
 """The widest unit DeepSeek describes (V3, section 3.4.2)."""
 _PREFILL_CHOICES = 3

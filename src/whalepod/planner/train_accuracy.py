@@ -19,7 +19,7 @@ import numpy as np
 from whalepod.planner.candidates import RECOMPUTED, Candidates, objects
 from whalepod.planner.software import GRAPHED, LADDER, Software, load_software
 from whalepod.planner.training import Step, TrainingTimes
-from whalepod.spec.errors import UserError
+from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.hardware import Cluster, load_gpu
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.presets import load_model_spec
@@ -29,6 +29,7 @@ COLUMNS = (
     *("tok_s_gpu", "cls", "dispatcher", "overlap", "graphs", "recompute", "note"),
 )
 MAX_ROWS = 10_000
+MAX_VALUE = 2**20
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def parse_row(row: Mapping[str, str], rung: int | None = None) -> Row:
     return Row(
         spec,
         candidates,
-        Cluster(gpu, gpus, min(gpu.gpus_per_node, gpus)),
+        Cluster(gpu, gpus, gpu.gpus_per_node),
         software,
         _integer(row, "seq"),
         row["mtp"] == "1",
@@ -163,9 +164,14 @@ def _integer(row: Mapping[str, str], key: str, default: int | None = None) -> in
         value = int(text)
     except ValueError:
         raise UserError(f"{key} must be a whole number, not {text[:40]!r}") from None
-    if value < 1:
-        raise UserError(f"{key} must be at least 1, not {value}")
+    if not 1 <= value <= MAX_VALUE:
+        raise UserError(f"{key} must be from 1 to {MAX_VALUE}, not {text[:40]}")
     return value
+
+
+def _known(row: Mapping[str, str], key: str, choices: Iterable[str]) -> None:
+    if row[key] and row[key] not in choices:
+        raise UserError(f"unknown {key} {row[key][:40]!r}{nearest(row[key][:40], choices)}")
 
 
 def _number(row: Mapping[str, str], key: str) -> float:
@@ -212,6 +218,9 @@ def _software(row: Mapping[str, str], gpu: str, rung: int | None) -> Software:
     else:
         software = load_software("megatron-26.02")
     changes: dict[str, Any] = {}
+    _known(row, "dispatcher", software.exchange)
+    _known(row, "graphs", GRAPHED)
+    _known(row, "overlap", ("yes", "no"))
     if row["dispatcher"]:
         changes |= {"dispatcher": row["dispatcher"], "rack_dispatcher": None}
     if row["overlap"]:

@@ -55,7 +55,10 @@ def plan(
     planning.check_place(picture, "--picture", (".png",))
     cluster = question.cluster(gpus)
     if question.goal == "train":
-        planned = plan_training(question.training_job(cluster), top)
+        job = question.training_job(cluster)
+        if question.precision is None and job.precision == "fp8":
+            job = replace(job, precision="auto")  # BF16 may fit or run better; it is tried beside
+        planned = plan_training(job, top)
         found = Answer(planning.training_json(planned), planned)
         found.doc["advice"] += _without_pins(planned)
         if emit is not None:

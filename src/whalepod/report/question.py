@@ -25,12 +25,14 @@ from whalepod.spec.model import ModelSpec, shown
 from whalepod.spec.presets import load_model_spec, preset
 
 GOALS = ("train", "serve")
-PRECISIONS = {"train": ("bf16", "fp8", "fp32"), "serve": ("bf16", "fp8", "fp4")}
+PRECISIONS = {"train": ("auto", "bf16", "fp8", "fp32"), "serve": ("bf16", "fp8", "fp4")}
 RECOMPUTE = ("none", "selective", "full")
 MODES = ("aggregated", "disaggregated", "any")
 SEQUENCE_LENGTH = 4096
 ISL, OSL = 4096, 1024
 ENGINE = "sglang"
+TTFT_S, TPOT_S = 5.0, 0.1
+"""What people wait for at most, where nobody says: beyond it only queues grow."""
 MAX_COUNTS = 64
 MAX_TOP = 50
 
@@ -131,7 +133,7 @@ class Question:
     def cluster_of(self, gpu: str, count: int) -> Cluster:
         """`count` of a GPU by its name, or its profile's file."""
         found = self._overridden(load_gpu(gpu))
-        return Cluster(found, count, min(self.gpus_per_node or found.gpus_per_node, count))
+        return Cluster(found, count, self.gpus_per_node or found.gpus_per_node)
 
     def _overridden(self, gpu: Gpu) -> Gpu:
         return override_gpu(
@@ -144,9 +146,11 @@ class Question:
         )
 
     def precision_on(self, gpu: Gpu) -> str:
-        """The given one; else FP8 where the released weights are and the GPU computes in it, else BF16."""
+        """The given one; else FP8 where the released weights are and the GPU computes in it, else BF16.
+
+        `auto`, which tries FP8 and BF16, is BF16 on a GPU that has no other."""
         if self.precision is not None:
-            return self.precision
+            return "bf16" if self.precision == "auto" and not gpu.supports("fp8") else self.precision
         return "fp8" if self.spec.quantization is not None and gpu.supports("fp8") else "bf16"
 
     def training_job(self, cluster: Cluster) -> TrainingJob:
@@ -164,7 +168,7 @@ class Question:
             spec,
             cluster,
             load_software(self.software or usual),
-            self.global_batch or default_batch(spec),
+            self.global_batch or default_batch(spec, cluster.num_gpus),
             length,
             self.precision_on(gpu),
             self.imbalance or 1.0,
@@ -175,6 +179,8 @@ class Question:
     def serving_job(self, cluster: Cluster) -> ServingJob:
         """What the planner is asked to serve on `cluster`."""
         spec = self.spec
+        if cluster.gpu.architecture == "cpu":
+            raise UserError("serving is planned for GPUs only: no kernel of an engine on CPUs was measured")
         isl, osl = self.isl or min(ISL, spec.max_position_embeddings // 2), self.osl or OSL
         osl = osl if self.osl else min(osl, max(1, spec.max_position_embeddings - isl))
         if isl + osl > spec.max_position_embeddings:
@@ -182,6 +188,7 @@ class Question:
                 f"--isl {isl} and --osl {osl} together are more than the {spec.max_position_embeddings} "
                 f"positions of {shown(spec.name)}"
             )
+        usual = self.ttft_ms is None and self.tpot_ms is None and self.concurrency is None
         return ServingJob(
             spec,
             cluster,
@@ -190,12 +197,13 @@ class Question:
             isl,
             osl,
             self.concurrency,
-            self.ttft_ms and self.ttft_ms / 1e3,
-            self.tpot_ms and self.tpot_ms / 1e3,
+            TTFT_S if usual else self.ttft_ms and self.ttft_ms / 1e3,
+            TPOT_S if usual else self.tpot_ms and self.tpot_ms / 1e3,
             MODES[:2] if self.mode in (None, "any") else (self.mode,),
             1 if self.mtp else 0,
             Traffic() if self.imbalance is None else Traffic(imbalance=self.imbalance),
             {axis: size for axis in ("tp", "pp", "ep") if (size := getattr(self, axis)) is not None},
+            usual,
         )
 
 
@@ -204,6 +212,7 @@ class ServingJob:
     """What the planner is asked to serve on a cluster. concurrency None: each layout's best.
 
     drafts: tokens that multi-token prediction speculates per step. pins: sizes that every worker must have.
+    usual: the limits are the usual ones, and fall where nothing keeps them.
     """
 
     spec: ModelSpec
@@ -219,6 +228,7 @@ class ServingJob:
     drafts: int
     traffic: Traffic
     pins: Mapping[str, int] = field(default_factory=dict)
+    usual: bool = False
 
 
 def check_name(flag: str, value: str, choices: tuple[str, ...]) -> None:

@@ -47,7 +47,7 @@ def scale(
         "precision": question.precision_on(cluster.gpu),
         "price": price_json(cluster),
     }
-    if not cluster.gpu.supports(head["precision"]):
+    if head["precision"] != "auto" and not cluster.gpu.supports(head["precision"]):
         raise UserError(f"{cluster.gpu.name} has no {head['precision'].upper()} matrix products; use bf16")
     points = (_train if question.goal == "train" else _serve)(question, gpu, counts, head, progress)
     _compare(points)

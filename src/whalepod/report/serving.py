@@ -52,6 +52,10 @@ def plan_serving(job: ServingJob, top: int = 5, front: bool = True) -> ServingAn
     asked = (job.spec, job.cluster, job.isl, job.osl, job.precision, job.engine)
     more: dict[str, Any] = {"modes": job.modes, "drafts": job.drafts, "traffic": job.traffic}
     found = search_serving(*asked, **limits, **more)
+    if job.usual and not found.plans:
+        unlimited = plan_serving(replace(job, ttft_limit_s=None, tpot_limit_s=None, usual=False), top, front)
+        if unlimited.plans:
+            return unlimited
     plans, advice = found.plans, list(found.advice)
     if job.concurrency is not None and plans:
         plans = _at_concurrency(job)

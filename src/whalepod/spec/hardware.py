@@ -112,7 +112,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cluster:
-    """`num_gpus` of one kind; every node but the last holds `gpus_per_node`."""
+    """`num_gpus` of one kind, in nodes of `gpus_per_node`, of which the last may have fewer."""
 
     gpu: Gpu
     num_gpus: int
@@ -141,6 +141,15 @@ class Cluster:
     def nic_gb_s(self) -> float | None:
         return self.gpu.nic_gb_s
 
+    @property
+    def most(self) -> int:
+        """How many of them can work together: one domain's, where no network between nodes is known."""
+        return MAX_GPUS if self.nic_gb_s is not None else self.of(MAX_GPUS).domain
+
+    def of(self, num_gpus: int) -> Cluster:
+        """Another number of the same."""
+        return replace(self, num_gpus=num_gpus)
+
 
 def gpu_names() -> list[str]:
     """Names of all known accelerators, in the order of the data file."""
@@ -164,7 +173,7 @@ def load_gpu(name: str | Path) -> Gpu:
 def parse_gpus(text: str, gpus_per_node: int | None = None) -> Cluster:
     """Cluster of `64xH100`, `64 x h100` or `8xmy-gpu.yaml`; `gpus_per_node` None is the hardware's usual.
 
-    A node never holds more than the cluster. Raises UserError with one line.
+    Raises UserError with one line.
     """
     match = re.fullmatch(r"([+-]?\d+)\s*[x×*](.+)", text.strip(), re.IGNORECASE | re.ASCII)
     if match is None:
@@ -177,7 +186,7 @@ def parse_gpus(text: str, gpus_per_node: int | None = None) -> Cluster:
     gpu = load_gpu(name)
     per_node = gpu.gpus_per_node if gpus_per_node is None else gpus_per_node
     _checked(per_node, Count, "GPUs per node")
-    return Cluster(gpu, num_gpus, min(per_node, num_gpus))
+    return Cluster(gpu, num_gpus, per_node)
 
 
 def override_gpu(
