@@ -225,6 +225,7 @@ def _software(row: Mapping[str, str], gpu: str, rung: int | None) -> Software:
         changes |= {"dispatcher": row["dispatcher"], "rack_dispatcher": None}
     if row["overlap"]:
         changes["overlap"] = row["overlap"] == "yes"
-    if row["graphs"] and rung is None:
-        changes["graphed"] = GRAPHED[row["graphs"]]
+    if rung is None:
+        # A row that does not say is taken for one without.
+        changes["graphed"] = GRAPHED[row["graphs"] or "no"]
     return software.with_(**changes) if changes else software
