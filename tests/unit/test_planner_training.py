@@ -14,14 +14,14 @@ from whalepod.planner import training
 from whalepod.planner.balance import balanced_layers
 from whalepod.planner.candidates import Candidates
 from whalepod.planner.kernels import Kernels
-from whalepod.planner.layers import F, I, W
-from whalepod.planner.network import Network, expected_nodes
+from whalepod.planner.layers import F, I, R, W
+from whalepod.planner.network import Network, expected_nodes, fast_gb_s
 from whalepod.planner.scale import scale_training
-from whalepod.planner.search import TrainingJob, enumerate_layouts, search
-from whalepod.planner.software import GENERATIONS, LADDER, load_software
+from whalepod.planner.search import TrainingJob, default_batch, enumerate_layouts, search
+from whalepod.planner.software import GENERATIONS, LADDER, load_software, usual_software
 from whalepod.planner.train_accuracy import COLUMNS, medians, parse_row, read_rows, training_rows
 from whalepod.planner.training import TrainingTimes, play
-from whalepod.spec.counts import attended_keys, attention_flops, layer_flops, train_flops
+from whalepod.spec.counts import attended_keys, attention_flops, layer_flops, params, train_flops
 from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Cluster, load_gpu, parse_gpus
 from whalepod.spec.layout import Layout
@@ -94,7 +94,7 @@ def test_a_group_inside_the_domain_sends_nothing_over_the_network():
 def test_a_group_of_one_communicates_for_free():
     one = np.array([1])
     network = Network(parse_gpus("8xH100"))
-    for op in (network.all_gather, network.reduce_scatter, network.all_reduce, network.all_to_all):
+    for op in (network.all_gather, network.reduce_scatter, network.all_reduce):
         assert op(np.array([1e9]), one, one)[0] == 0
 
 
@@ -109,6 +109,80 @@ def test_nodes_that_a_token_visits_by_drawing():
             picked = rng.choice(experts, moe.num_experts_per_tok, replace=False)
             hits.append(len(set(picked * nodes // moe.n_routed_experts)))
         assert expected_nodes(moe, nodes) == pytest.approx(np.mean(hits), rel=0.06)
+
+
+def test_groups_that_do_not_fit_into_racks_are_cut_where_a_rack_ends():
+    racks = Network(parse_gpus("576xGB200"))  # eight racks of 72
+    assert racks.inner(np.array([64]), 1) == 32
+    assert racks.inner(np.array([36]), 1) == 36
+    # 256 GPUs are four racks of which 64 are used each.
+    assert Network(parse_gpus("256xGB200")).inner(np.array([64]), 1) == 64
+
+
+def test_one_pair_of_a_mesh_of_links_is_slower_than_all_of_them():
+    gpu = load_gpu("MI300X")
+    assert fast_gb_s(gpu, 2) == 64
+    assert fast_gb_s(gpu, 8) == gpu.scale_up.gb_s
+    assert fast_gb_s(load_gpu("RTX4090"), 2) == load_gpu("RTX4090").pcie_gb_s / 2
+    assert fast_gb_s(load_gpu("H800"), 8) == 160
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (4, 2, 8), (2, 4, 4)])
+def test_the_optimiser_steps_every_parameter_once_and_what_tp_repeats_again(sizes):
+    dp, tp, ep = sizes
+    found = times(Layout(dp_shard=dp, tp=tp, ep=ep, zero=1, global_batch=8), "8xH100", LITE).data_parallel
+    whole = found.elements["plain"] / found.state.shards["plain"]
+    stepped = 8 * (whole + found.elements["experts"] / found.state.shards["experts"])[0]
+    repeated = params(LITE).total - params(LITE).routed_experts
+    assert params(LITE).total <= stepped * (1 + 1e-9)
+    assert stepped <= params(LITE).total + (tp - 1) * 0.2 * repeated
+
+
+def test_experts_over_a_bit_more_than_a_node_cross_the_network():
+    v2 = load_model_spec("deepseek-v2")
+
+    def exchange(ep: int) -> float:
+        found = times(Layout(dp_shard=80, ep=ep, zero=1, global_batch=80), "80xH100", v2, "megatron-26.02")
+        return found.layers["moe"].moves["ep"][0, 0]
+
+    assert exchange(8) < exchange(10) < exchange(16)
+
+
+def test_recomputing_blocks_leaves_the_head_alone():
+    found = times(Layout(recompute="full", global_batch=1), "1xH100", LITE)
+    assert found.layers["head"].device[R, 0] == 0
+    assert found.layers["moe"].device[R, 0] == pytest.approx(found.layers["moe"].device[F, 0])
+
+
+def test_context_parallel_ranks_move_the_latent_or_the_keys_as_the_software_does():
+    layout = Layout(cp=4, dp_shard=2, zero=1, global_batch=2)
+    moved = {
+        name: times(layout, "8xH100", V3, name, sequence_length=32768).layers["moe"]
+        for name in ("whalepod", "megatron-26.02")
+    }
+    own, ring = moved["whalepod"], moved["megatron-26.02"]
+    assert own.moves["cp"][0, 0] > 0
+    # A ring's keys and values, 71 times as many bytes, travel behind the attention over them.
+    assert ring.moves["cp"][0, 0] == 0
+    # Both halves of a part expand all latents before them.
+    assert own.parts["projections"][F, 0] > ring.parts["projections"][F, 0]
+
+
+def test_our_runtime_hides_no_exchange_behind_another_micro_batch():
+    layout = Layout(pp=4, dp_shard=64, ep=64, zero=1, schedule="1f1b", global_batch=64 * 32)
+    shown = [
+        times(layout, "256xH100", V3, name).balanced().time_step(0).exposed.get("ep", 0.0)
+        for name in ("whalepod", "megatron-26.02")
+    ]
+    assert shown[0] > 3 * shown[1]
+
+
+def test_a_profile_of_a_cpu_is_a_cpu(tmp_path):
+    gpu = load_gpu("cpu")
+    again = replace(gpu, name="mine")
+    stack = load_software("whalepod")
+    assert stack.of(again) == stack.of(gpu)
+    assert usual_software(again) == "whalepod"
 
 
 # ------------------------------------------------------------------------------------------- pipelines
@@ -195,6 +269,16 @@ def test_what_would_help_is_what_happens_then():
     doubled = replace(gpu, tflops={p: 2 * t for p, t in gpu.tflops.items()})
     again = planning.time_layout(replace(job(), cluster=Cluster(doubled, 16, 8)), best.layout)
     assert best.step.seconds / again.step.seconds - 1 == pytest.approx(gain, abs=0.03)
+
+
+def test_the_default_batch_is_the_reports_in_tokens_and_divides():
+    assert default_batch(V3) == 15360
+    assert [default_batch(V3, 1024, n) for n in (32768, 131072)] == [1920, 480]
+    for gpus in (12, 56, 96, 997):
+        batch = default_batch(V3, gpus)
+        odd = gpus // (gpus & -gpus)
+        assert batch % odd == 0
+        assert batch == pytest.approx(15360, rel=0.1)
 
 
 def test_pins_are_kept():

@@ -141,7 +141,9 @@ class Activations:
         """The second half of a block without experts."""
         no = recompute["all"] | recompute["mlp"]
         width = self.spec.intermediate_size / self.candidates.tp
-        mlp = self.t * width * (2 * self.b + self.li + self._silu)
+        # Megatron recomputes the activation function of experts only.
+        act = recompute["moe_act"] & (not self.framework.fused_swiglu)
+        mlp = self.t * width * (2 * self.b + np.where(act, 0, self.li + self._silu))
         return {
             # With the MLP goes the norm before it, which Transformer Engine fuses into its first product.
             "norms": np.where(recompute["all"], 0, self._norm_input())
@@ -218,12 +220,16 @@ class Activations:
     def _attention(self, recompute: Mapping[str, Column]) -> Column:
         a, b, t = self.spec.attention, self.b, self.t
         heads = self.spec.num_attention_heads / self.candidates.tp
-        keys = t if self.framework.ring else t * self.candidates.cp
+        cp = self.candidates.cp
+        keys = t if self.framework.ring else t * cp
         if isinstance(a, GQA):
             groups, width = a.num_key_value_heads / self.candidates.tp, a.head_dim
             normed = (heads + groups) * width if a.qk_norm else 0
             inputs = b * (t * (heads * width + normed) + keys * 2 * groups * width)
             return inputs + self._output(heads, width)
+        if not self.framework.ring:
+            # Both halves of a rank's part expand the latents of all before them (`parallel.context`).
+            keys = t * np.where(cp > 1, cp + 0.5, 1)
         value = a.qk_head_dim if self.framework.padded_values else a.v_head_dim
         low = (a.q_lora_rank or 0) + a.kv_lora_rank
         # Latents before their norms; after them, and what the up-projections make of them.

@@ -16,7 +16,6 @@ from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Gpu
 
 Times = np.ndarray
-TILE_ROWS = 128  # rows that a tile of a grouped product has: experts' last tiles are partly empty
 LAUNCH_S = 4e-6  # from one kernel's end to the next one's work on the device
 
 
@@ -66,11 +65,11 @@ class Kernels:
         rate = rate * routed / (routed + self.shares.half_rows)
         return longer(flops / rate, moved / self.bandwidth) + LAUNCH_S
 
-    def attention(self, flops: np.ndarray, backward: bool = False) -> Times:
-        """Causal attention over whole sequences of the given FLOPs (of this pass)."""
-        peak = self.gpu.peak_flops("bf16")
-        assert peak is not None
-        return flops / (peak * self.shares.attention[backward]) + LAUNCH_S
+    def attention(self, flops: np.ndarray, precision: np.ndarray, backward: bool = False) -> Times:
+        """Causal attention over whole sequences of the given FLOPs (of this pass), never in FP8."""
+        share = self.shares.attention[backward]
+        high = np.where(precision == "fp8", "bf16", precision)
+        return flops / self.rate({"bf16": share}, high) + LAUNCH_S
 
     def stream(self, moved: np.ndarray) -> Times:
         """Elementwise work that moves so many bytes."""

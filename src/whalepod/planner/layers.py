@@ -20,7 +20,7 @@ from whalepod.spec.counts import attended_keys, attention_flops
 from whalepod.spec.model import GQA, ModelSpec
 
 F, I, W, R = range(4)  # noqa: E741
-KINDS = ("dense", "moe", "mtp", "embedding", "head")
+UP_LAUNCHES = 0.3  # of attention's launches that MLA's up-projections and the rotary embedding are
 Again = np.ndarray | bool
 FP8_SCALE = 1 + 4 / 128  # bytes of an FP8 element with its share of a 1 x 128 tile's scale
 
@@ -104,6 +104,8 @@ class LayerCosts:
                 self._product(
                     out, "projections", self.shard, 2 * self.spec.hidden_size, self.spec.hidden_size
                 )
+        if kind in ("embedding", "head"):
+            return out  # recomputation is of blocks
         for part in out.parts.values():
             part[R] = np.where(self.c.recompute["all"], part[F], part[R])
         out.host[R] = np.where(self.c.recompute["all"], out.host[F], out.host[R])
@@ -144,13 +146,14 @@ class LayerCosts:
         spec, c, a = self.spec, self.c, self.spec.attention
         d, heads, tokens = spec.hidden_size, spec.num_attention_heads, self.tokens
         up, norms = c.recompute["mla_up_proj"], c.recompute["norms"]
+        ring = self.software.framework.ring
         if isinstance(a, GQA):
             width = (heads + 2 * a.num_key_value_heads) * a.head_dim / c.tp
             self._product(out, "projections", tokens, d, width)
             self._product(out, "projections", tokens, heads * a.head_dim / c.tp, d)
             wide, keys, values = width, a.head_dim, a.head_dim
             inputs, gathered = d + heads * a.head_dim, d
-            latent = 2 * a.num_key_value_heads * a.head_dim
+            travels = 2 * a.num_key_value_heads * a.head_dim / c.tp
         else:
             rank = a.q_lora_rank
             if rank is not None:
@@ -158,10 +161,13 @@ class LayerCosts:
             self._product(out, "projections", self.shard, d, a.latent_dim)
             self._product(out, "projections", tokens, rank or d, heads * a.qk_head_dim / c.tp, up)
             both = a.qk_nope_head_dim + a.v_head_dim
-            self._product(out, "projections", tokens, a.kv_lora_rank, heads * both / c.tp, up)
+            # This project gathers latents, and both halves of a rank's part expand all that are before them.
+            expanded = tokens * (1 if ring else np.where(c.cp > 1, c.cp + 0.5, 1))
+            self._product(out, "projections", expanded, a.kv_lora_rank, heads * both / c.tp, up)
             self._product(out, "projections", tokens, heads * a.v_head_dim / c.tp, d)
             wide = heads * (2 * a.qk_head_dim + a.v_head_dim) / c.tp
-            keys, values, latent = a.qk_head_dim, a.v_head_dim, a.latent_dim
+            keys, values = a.qk_head_dim, a.v_head_dim
+            travels = heads * (keys + values) / c.tp if ring else np.full(len(c), float(a.latent_dim))
             inputs = d + (rank or 0) + a.kv_lora_rank + heads * a.v_head_dim
             gathered = (rank or d) + a.latent_dim
         # A token attends to half of its sequence on average, wherever context parallelism put it, or to what
@@ -171,11 +177,13 @@ class LayerCosts:
         if spec.indexer is not None:
             extra = attention_flops(spec, 0, self.sequence_length / 2)
             scores = tokens / c.tp * (extra.indexer_scores + extra.indexer_proj)
-            out.add("attention", (F,), self.kernels.attention(scores))
-            out.add("attention", (I,), self.kernels.attention(2.0 * scores))
-        out.add("attention", (F,), self.kernels.attention(flops))
+            out.add("attention", (F,), self.kernels.attention(scores, c.precision))
+            out.add("attention", (I,), self.kernels.attention(2.0 * scores, c.precision))
+        core = self.kernels.attention(flops, c.precision)
+        out.add("attention", (F,), core)
         # Five products instead of two, scores among them computed again.
-        out.add("attention", (I,), self.kernels.attention(2.5 * flops, backward=True))
+        back = self.kernels.attention(2.5 * flops, c.precision, backward=True)
+        out.add("attention", (I,), back)
         # Two norms and two residual additions read and write the hidden states ten times; rotary
         # embedding and building keys read and write queries, keys and values.
         self._memory(out, self.shard * d * 2 * 6.0, self.shard * d * 2 * 10.0)
@@ -183,15 +191,15 @@ class LayerCosts:
         self._memory(out, tokens * wide * 2 * 2.0, tokens * wide * 2 * 2.0, up)
         self._quantize(out, tokens * inputs / c.tp)
         self._launch(out, "attention")
-        out.host[R] += np.where(up, 0.3 * out.host[F], 0.0)
+        out.host[R] += np.where(up, UP_LAUNCHES * out.host[F], 0.0)
         self._tensor(out, gathered, d)
         size, inner = c.cp, self.network.inner(c.cp, c.tp)
-        moved = tokens * c.cp * latent * 2.0
-        out.move(
-            "cp",
-            self.network.all_gather(moved, size, inner),
-            self.network.reduce_scatter(moved, size, inner),
-        )
+        moved = tokens * c.cp * travels * 2.0
+        there = self.network.all_gather(moved, size, inner)
+        again = self.network.reduce_scatter(moved, size, inner)
+        if ring:  # the next part's keys and values travel while attention works on this one's
+            there, again = np.maximum(there - core, 0.0), np.maximum(again - back, 0.0)
+        out.move("cp", there, again)
 
     def _tensor(self, out: Layer, gathered: float, scattered: float) -> None:
         """All-gather before, reduce-scatter after a region that `tp` splits; transposed backward."""
@@ -209,9 +217,9 @@ class LayerCosts:
         again = self.c.recompute["mlp"]
         self._product(out, "dense", self.tokens, d, 2 * width, again)
         self._product(out, "dense", self.tokens, width, d, again)
-        self._memory(
-            out, self.tokens * width * 6.0, self.tokens * width * 10.0, again | self.c.recompute["moe_act"]
-        )
+        # Megatron recomputes the activation function of experts only.
+        act = self.c.recompute["moe_act"] & (not self.software.framework.fused_swiglu)
+        self._memory(out, self.tokens * width * 6.0, self.tokens * width * 10.0, again | act)
         self._quantize(out, self.tokens * (d + width), again)
         self._launch(out, "shared", again)
         self._tensor(out, d, d)
@@ -256,7 +264,11 @@ class LayerCosts:
         self._launch(out, "experts")
         self._launch(out, "expert", count=local)
         seconds = self._exchange(tokens)
-        out.move("ep", seconds, seconds)
+        behind = np.zeros((4, len(c)))
+        if self.software.behind_shared and "shared" in out.parts:
+            # Half of the exchange is the way there (backward: the way back's transpose).
+            behind = np.minimum(out.parts["shared"], seconds / 2)
+        out.move("ep", seconds - behind[F], seconds - behind[I])
 
     def _exchange(self, tokens: np.ndarray) -> np.ndarray:
         """Seconds of one dispatch and one combine."""
@@ -272,7 +284,7 @@ class LayerCosts:
             rows = (c.ep == ep) & (inner == ranks)
             if ep == 1:
                 continue
-            nodes = max(1, ep // ranks)
+            nodes = -(-ep // ranks)
             if self.software.dispatcher == "all-to-all":
                 copies, crossing = picks * (ep - 1) / ep, picks * (ep - ranks) / ep
                 local = copies - crossing
@@ -284,7 +296,7 @@ class LayerCosts:
                 local = hit * ranks * (1 - (1 - 1 / ranks) ** within) * (ep - 1) / ep
             card = n.card * outside
             over = both[rows] * crossing / card if card else np.full(rows.sum(), UNREACHABLE_S)
-            times = np.maximum(both[rows] * local / (n.link * inside), over if nodes > 1 else 0.0)
+            times = np.maximum(both[rows] * local / n.link(ranks, inside), over if nodes > 1 else 0.0)
             seconds[rows] = times + 2 * (15e-6 + 1e-6 * ep)
         return seconds
 

@@ -26,7 +26,7 @@ from whalepod.planner.activations import MEGATRON, PARTS, Activations, Framework
 from whalepod.planner.candidates import RECOMPUTED, Candidates, Column
 from whalepod.planner.cut import Cut, cut
 from whalepod.planner.in_flight import held, representative
-from whalepod.planner.state import MEGATRON_STATE, Counts, State, StateTypes
+from whalepod.planner.state import MEGATRON_STATE, Counts, State, StateTypes, unit_counts
 from whalepod.spec.counts import GIB
 from whalepod.spec.model import ModelSpec
 
@@ -154,15 +154,7 @@ class _Work:
         self, layers: Cut, in_flight: np.ndarray, rows: np.ndarray
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Categories and activations' parts, [rows, pp], of candidates with one pipeline."""
-        depths = self.spec.num_nextn_predict_layers
-        counts = {
-            "dense": layers.dense,
-            "moe": layers.moe,
-            "embedding": layers.embedding,
-            "head": layers.head,
-        }
-        counts[self._mtp_kind] = counts[self._mtp_kind] + depths * layers.head
-        counts["joint"] = depths * layers.head
+        counts = unit_counts(self.spec, layers)
         out = self._state.of(counts, rows)
         # [rows, pp, stages]: bytes per micro-batch; then the moment at which they add up to most.
         parts = {
@@ -255,10 +247,6 @@ class _Work:
     @cached_property
     def _a(self) -> Activations:
         return Activations(self.spec, self.c, self.sequence_length, self.framework, self.imbalance)
-
-    @cached_property
-    def _mtp_kind(self) -> str:
-        return "moe" if self.spec.is_moe_layer(self.spec.num_hidden_layers) else "dense"
 
     @cached_property
     def _saved(self) -> dict[str, dict[str, Column]]:

@@ -13,19 +13,30 @@ from math import comb
 
 import numpy as np
 
-from whalepod.spec.hardware import Cluster
+from whalepod.spec.hardware import Cluster, Gpu
 from whalepod.spec.model import MoE
 
 Times = np.ndarray
 
-SHARES = {"all_gather": 0.72, "reduce_scatter": 0.72, "all_reduce": 0.85, "all_to_all": 0.65, "p2p": 0.80}
+SHARES = {"all_gather": 0.72, "reduce_scatter": 0.72, "all_reduce": 0.85, "p2p": 0.80}
 NETWORK_SHARE = 0.88  # of the card's rate, for large messages: DeepEP and NCCL both reach 43 to 45 of 50 GB/s
+HOST_GB_S = 10.0  # between workers that have no link but their host's memory
 UNREACHABLE_S = 1e6  # without a network; finite, so that formulas go through
-MEMORY_GB_S = 10.0  # between workers that have no link but their host's memory
 INNER_LATENCY_S = 10e-6
 INNER_HOP_S = 0.5e-6
 NETWORK_LATENCY_S = 14e-6
 NETWORK_HOP_S = 2e-6
+
+
+def fast_gb_s(gpu: Gpu, ranks: np.ndarray | int, share: float = 1.0) -> np.ndarray:
+    """GB/s in one direction that a GPU has to `ranks` of its domain, itself among them, at a share of the
+    link: no more than the links to these ranks have, or than is published as usable, and half where all goes
+    through the host's memory."""
+    link = gpu.scale_up
+    rate = (link.gb_s if link else gpu.pcie_gb_s or HOST_GB_S) * share * (1.0 if gpu.peer_to_peer else 0.5)
+    if link and link.peer_gb_s:
+        rate = np.minimum(rate, link.peer_gb_s * share * np.maximum(np.asarray(ranks) - 1, 1))
+    return np.minimum(rate, gpu.usable_scale_up_gb_s or np.inf)
 
 
 @dataclass(frozen=True)
@@ -36,10 +47,9 @@ class Network:
     cluster: Cluster
     shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
 
-    @property
-    def link(self) -> float:
-        """Bytes per second and direction of one GPU inside the domain."""
-        return (self.cluster.domain_gb_s or MEMORY_GB_S) * 1e9
+    def link(self, ranks: np.ndarray | int, share: float) -> np.ndarray:
+        """Bytes per second and direction of one GPU to `ranks` in its domain, itself among them."""
+        return fast_gb_s(self.cluster.gpu, ranks, share) * 1e9
 
     @property
     def card(self) -> float:
@@ -48,11 +58,17 @@ class Network:
 
     def inner(self, size: np.ndarray, stride: np.ndarray | int = 1) -> np.ndarray:
         """Ranks of a group of `size`, `stride` apart, that share a domain."""
-        return np.clip(self.cluster.domain // np.asarray(stride), 1, size)
+        size, stride = np.asarray(size), np.asarray(stride)
+        domain, span = self.cluster.aligned, size * stride
+        # A group that fits into domains, or fills them, lies so. Others are cut where a domain ends, and the
+        # one that is cut most keeps the rest waiting.
+        lies = (domain % span == 0) | (span % domain == 0)
+        touched = 1 + -(-(span - np.gcd(domain, span)) // domain)
+        return np.where(lies, np.clip(domain // stride, 1, size), -(-size // np.minimum(touched, size)))
 
     def _time(self, op: str, local: np.ndarray, crossing: np.ndarray, size, inner) -> Times:
         crosses = size > inner
-        seconds = local / (self.link * self.shares[op]) + np.where(
+        seconds = local / self.link(inner, self.shares[op]) + np.where(
             size > 1, INNER_LATENCY_S + INNER_HOP_S * inner, 0.0
         )
         rate = self.card * NETWORK_SHARE
@@ -71,13 +87,9 @@ class Network:
         local = 2 * total * (inner - 1) / inner
         return self._time("all_reduce", local, 2 * total * (1 - inner / size) / inner, size, inner)
 
-    def all_to_all(self, sent: np.ndarray, size, inner) -> Times:
-        """What every rank sends, spread evenly over the group."""
-        return self._time("all_to_all", sent * (inner - 1) / size, sent * (size - inner) / size, size, inner)
-
     def send(self, sent: np.ndarray, crosses: np.ndarray) -> Times:
         """From one rank to another, which is in another domain where `crosses`."""
-        inside = sent / (self.link * self.shares["p2p"]) + INNER_LATENCY_S
+        inside = sent / self.link(2, self.shares["p2p"]) + INNER_LATENCY_S
         rate = self.card * NETWORK_SHARE
         outside = (sent / rate if rate else UNREACHABLE_S) + NETWORK_LATENCY_S
         return np.where(crosses, outside, inside)

@@ -194,7 +194,7 @@ def _plan(found: Search, row: int, step: Step) -> TrainingPlan:
     tokens = job.global_batch * job.sequence_length / step.seconds
     flops = train_flops(job.spec, job.sequence_length, mtp=job.mtp).total
     peak = gpu.peak_flops("bf16")
-    layout = c.layout(row, devices_per_node=job.cluster.domain)
+    layout = c.layout(row, devices_per_node=job.cluster.aligned)
     helps = _helps(found, row)
     ranks = range(int(c.pp[row]))
     price = gpu.price.usd_per_hour if gpu.price else None
@@ -284,7 +284,7 @@ def _too_large(found: Search, fitting: list[int]) -> list[Rejected]:
     limit, times, c = found.job.limit_gib, found.times, found.candidates
     bar = times.estimate[fitting[0]] if fitting else np.inf
     out: list[Rejected] = []
-    for row in found.best(np.inf, 3):
+    for row in found.best(2 * limit, 3):
         if found.need_gib[row] <= limit or times.estimate[row] > bar:
             continue
         parts = found.memory.by_category(row)
@@ -293,7 +293,7 @@ def _too_large(found: Search, fitting: list[int]) -> list[Rejected]:
         faster = "" if np.isinf(bar) else f"{bar / times.estimate[row] - 1:.0%} faster, but "
         out.append(
             Rejected(
-                c.layout(row, devices_per_node=found.job.cluster.domain),
+                c.layout(row, devices_per_node=found.job.cluster.aligned),
                 f"{faster}needs {found.need_gib[row]:.1f} GiB of {limit:.1f} usable ({named})",
             )
         )
@@ -389,7 +389,8 @@ def _fits_on(job: TrainingJob, n: int) -> bool:
     if job.precision == "auto":
         return any(_fits_on(replace(job, precision=name), n) for name in precisions(job))
     lean = {**job.pins, "recompute": "full", "micro_batch": 1}
-    batch = job.global_batch if job.global_batch % n == 0 else default_batch(job.spec, n)
+    length = job.sequence_length
+    batch = job.global_batch if job.global_batch % n == 0 else default_batch(job.spec, n, length)
     try:
         found = search(replace(job, cluster=job.cluster.of(n), global_batch=batch, pins=lean))
     except UserError:

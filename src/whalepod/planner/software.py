@@ -60,7 +60,8 @@ class Software:
     exchange: share of the link that a dispatcher reaches, (inside the fast domain, across the network).
     rack_dispatcher: the one on machines whose fast domain is larger than a node (None: the same).
     overlap: the exchange hides behind computation of another micro-batch (None: where it crosses the network,
-    as recipes turn it on); overlap_cost: by so much the computation slows meanwhile (the multiprocessors that
+    as recipes turn it on); behind_shared: tokens leave for their experts while the shared one computes;
+    overlap_cost: by so much the computation slows meanwhile (the multiprocessors that
     communicate); hides: the share of a pass's computation that can hide it: one micro-batch's attention waits
     for another's exchange in a fixed order, and only DeepSeek's kernels share the GPU freely.
     quantize, permute: traffic of these steps in multiples of what fused kernels need.
@@ -76,6 +77,7 @@ class Software:
     dispatcher: Dispatcher = "two_hop"
     rack_dispatcher: Dispatcher | None = None
     overlap: bool | None = None
+    behind_shared: bool = False
     overlap_cost: float = 0.15
     hides: float = 0.6
     graphed: tuple[str, ...] = ()
@@ -108,7 +110,7 @@ class Software:
         if gpu.name in self.shares:
             return self.shares[gpu.name]
         # Cards without NVLink have another chip than the accelerators of their architecture's name.
-        if gpu.architecture in self.shares and (gpu.scale_up is not None or gpu.name == "cpu"):
+        if gpu.architecture in self.shares and (gpu.scale_up is not None or gpu.architecture == "cpu"):
             return self.shares[gpu.architecture]
         return self.shares["hopper"].scaled(gpu.reachable.get("bf16", 0.7) / 0.803)
 
@@ -131,7 +133,8 @@ _BLACKWELL = Shares(
     grouped={"bf16": 0.54, "fp8": 0.42},
     attention=(0.46, 0.39),
 )
-# The same chip with 200 W more to spend: its peaks are given as the GB200's, its published runs are faster.
+# Its peaks are given as the GB200's; its three published runs are 1.1 to 1.3 times as fast, and it may take
+# 1,400 W instead of 1,200.
 _GB300 = _BLACKWELL.scaled(1.22)
 _HOPPER = Shares(
     gemm={"bf16": 0.70, "fp8": 0.51},
@@ -196,6 +199,8 @@ GENERATIONS: Mapping[str, Software] = {
         _MEGATRON.with_(
             name="whalepod",
             host_us=5.5,
+            overlap=False,
+            behind_shared=True,
             graphed=(),
             rack_dispatcher=None,
             state=OWN_STATE,
@@ -244,6 +249,12 @@ def _ladder() -> tuple[Software, ...]:
 
 
 LADDER = _ladder()
+
+
+def usual_software(gpu: Gpu) -> str:
+    """The generation to plan with where none is named: DeepSeek's on the GPU that DeepSeek has, this
+    project's on CPUs, else the newest that others can have."""
+    return "whalepod" if gpu.architecture == "cpu" else {"H800": "deepseek"}.get(gpu.name, "megatron-26.02")
 
 
 def load_software(name: str) -> Software:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from whalepod.planner.candidates import Candidates, Column
+from whalepod.planner.cut import Cut
 from whalepod.spec.counts import Params, attention_params, expert_params, layer_params
 from whalepod.spec.model import ModelSpec
 
@@ -90,9 +91,9 @@ class State:
         same = (c.precision[rows] == "fp32")[:, None] & ~made
         moments = types.moment1 + types.moment2
         out = {name: np.zeros((len(rows), len(number["head"]))) for name in STATE}
+        held = self.elements(counts, rows)
         for sharer in SHARERS:
-            shards = self.shards[sharer][rows, None]
-            elements = sum(number[u] * self.local[u][sharer][rows, None] for u in number)
+            shards, elements = self.shards[sharer][rows, None], held[sharer]
             weights = sum(number[u] * self.bytes[u][sharer][rows, None] for u in number)
             out["weights"] += np.where(zero < 3, weights, np.where(made, 0, weights / shards))
             out["gradients"] += elements * types.gradient / np.where(zero > 1, shards, 1)
@@ -109,6 +110,15 @@ class State:
             sent = gradient * (self.compute[rows, None] + types.gradient)
             out["gathered"] += np.where((zero > 1) & (shards > 1), sent, 0)
         return out
+
+    def elements(self, counts: Counts, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Parameters on each rank before ZeRO shards them, by who shares them."""
+        number = self._number(counts)
+        zeros = np.zeros((len(rows), len(number["head"])))
+        return {
+            sharer: sum((number[u] * self.local[u][sharer][rows, None] for u in number), zeros)
+            for sharer in SHARERS
+        }
 
     def dummies(self, counts: Counts, rows: np.ndarray) -> np.ndarray:
         """One gradient in compute precision for each weight shape among a rank's blocks."""
@@ -190,6 +200,20 @@ class State:
         if self.spec.tie_word_embeddings or self.spec.num_nextn_predict_layers:
             number["embedding"] = np.maximum(number["embedding"], number["head"])
         return number
+
+
+def unit_counts(spec: ModelSpec, layers: Cut) -> Counts:
+    """How many of each unit a pipeline's stages hold; MTP is one more block of the last layer's kind."""
+    depths = spec.num_nextn_predict_layers
+    kind = "moe" if spec.is_moe_layer(spec.num_hidden_layers) else "dense"
+    counts = {
+        "dense": layers.dense,
+        "moe": layers.moe,
+        "embedding": layers.embedding,
+        "head": layers.head,
+        "joint": depths * layers.head,
+    }
+    return counts | {kind: counts[kind] + depths * layers.head}
 
 
 def split(p: Params, matrices_only: bool = False) -> Elements:

@@ -105,7 +105,8 @@ def medians(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Median absolute error over all rows and by group."""
     groups: dict[str, list[float]] = {}
     for row in rows:
-        for key in ("all", f"class {row['cls']}", row["gpu"], row["software"].split(" ")[0]):
+        others = () if row["software"] == "ladder" else ("all but the ladder",)
+        for key in ("all", *others, f"class {row['cls']}", row["gpu"], row["software"]):
             groups.setdefault(key, []).append(abs(row["error"]))
     return {key: median(errors) for key, errors in groups.items()}
 

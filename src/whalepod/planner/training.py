@@ -15,18 +15,16 @@ import numpy as np
 from whalepod.planner.balance import balanced_layers
 from whalepod.planner.candidates import Candidates, Pipeline, objects
 from whalepod.planner.cut import cut
+from whalepod.planner.data_parallel import DataParallel
 from whalepod.planner.kernels import Kernels
 from whalepod.planner.layers import F, I, Layer, LayerCosts, R, W, together
 from whalepod.planner.network import Network
 from whalepod.planner.software import Software
-from whalepod.spec.counts import expert_params, layer_params
 from whalepod.spec.hardware import Cluster
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.schedule import schedule_actions, stages_of_rank
 from whalepod.spec.timeline import StageTimes, Timeline, simulate
 
-KINDS = ("dense", "moe", "mtp", "embedding", "head")
-HIDDEN_SHARE = 0.85  # of a backward pass behind which gradients' sums can hide: the last blocks' cannot
 OVERLAPPING = ("1f1b", "interleaved", "dualpipev")
 """Schedules whose steady state alternates forward and backward passes, so that one's exchange can run while
 the other computes (Megatron's 1F1B with overlapped exchange, DeepSeek's DualPipe)."""
@@ -111,9 +109,13 @@ class TrainingTimes:
             ]
             for axis in axes
         }
-        # Recomputing whole blocks sends everything again.
+        # Recomputing whole blocks sends again what they send.
         whole = self.candidates.recompute["all"][rows]
-        again = {axis: np.where(whole, there, 0.0) for axis, (there, _) in moves.items()}
+        blocks = {k: x for k, x in self.layers.items() if k not in ("embedding", "head")}
+        again = {
+            axis: whole * over({k: x.moves[axis][0] for k, x in blocks.items() if axis in x.moves})
+            for axis in axes
+        }
         soft = self.software
         ep = self.candidates.ep[rows]
         overlap = (
@@ -198,85 +200,21 @@ class TrainingTimes:
         found.__dict__["layers"] = self.layers  # what a layer takes does not depend on where it lies
         return found
 
-    # ------------------------------------------------------------------------ state and its exchange
+    # --------------------------------------------------------------------------------------- a step
 
     @cached_property
-    def state(self) -> dict[str, np.ndarray]:
-        """Parameters on the fullest rank: `plain` (cut by tp), `experts` (by ep), before dp shards them."""
-        spec, c = self.spec, self.candidates
-        plain, experts = np.zeros(len(c)), np.zeros(len(c))
-        for pipeline, rows in c.pipelines():
-            counts = self._counts(pipeline)
-            per_rank, routed = np.zeros(pipeline.pp), np.zeros(pipeline.pp)
-            ends = spec.vocab_size * spec.hidden_size
-            for kind, layer in (
-                ("dense", 0),
-                ("moe", spec.num_hidden_layers - 1),
-                ("mtp", spec.num_hidden_layers),
-            ):
-                if kind in self.layers:
-                    of_experts = (
-                        spec.moe.n_routed_experts * expert_params(spec) if kind != "dense" and spec.moe else 0
-                    )
-                    n = counts[kind].sum(1)
-                    per_rank += n * (layer_params(spec, layer).total - of_experts)
-                    routed += n * of_experts
-            per_rank += (counts["embedding"].sum(1) > 0) * ends + (counts["head"].sum(1) > 0) * ends
-            plain[rows] = per_rank.max()
-            experts[rows] = routed.max()
-        return {"plain": plain / c.tp, "experts": experts / np.where(c.ep > 1, c.ep, c.tp)}
-
-    @cached_property
-    def data_parallel(self) -> dict[str, np.ndarray]:
-        """Seconds a step of gradients' sums and weights' gathering over data-parallel ranks (`sums`,
-        `gathers` together in bytes' order), and how often a step they are done."""
-        c, n = self.candidates, self.costs.network
-        m = c.accumulation
-        sums, gathers = np.zeros(len(c)), np.zeros(len(c))
-        for name, shards, stride in (
-            ("plain", c.fsdp, c.tp),
-            ("experts", c.expert_shard, c.ep),
-        ):
-            inner = n.inner(shards, stride)
-            over = np.maximum(1, c.dp_replicate)
-            total = self.state[name]
-            scatter = n.reduce_scatter(total * 4.0, shards, inner)
-            gather = n.all_gather(total * 2.0, shards, inner)
-            copies = n.all_reduce(total / shards * 4.0, over, n.inner(over, stride * shards))
-            sums += np.where(c.zero >= 2, m, 1) * scatter + copies
-            gathers += np.where(c.zero == 3, 2 * m, 1) * gather
-        return {"sums": sums, "gathers": gathers}
-
-    @cached_property
-    def optimizer(self) -> np.ndarray:
-        """Seconds of AdamW: gradient, master and two moments read, all but the first written, and the
-        weight; memory-bound."""
-        c = self.candidates
-        shards = self.state["plain"] / c.fsdp + self.state["experts"] / c.expert_shard
-        state = self.software.state
-        moved = state.gradient + 2 * (state.master + state.moment1 + state.moment2) + state.weight
-        return shards * moved / self.costs.kernels.bandwidth
-
-    def open_data_parallel(self, backward: np.ndarray, forward: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-        """What of it shows, given seconds of a rank's whole backward and forward work in a step, and of the
-        exchange that already runs behind it: the links are shared."""
-        c, dp = self.candidates, self.data_parallel
-        free = np.clip(1 - hidden / np.maximum(backward + forward, 1e-30), 0.0, 1.0)
-        backward, forward = backward * free, forward * free
-        # Once a step: behind the last micro-batch's backward pass and the next one's forward pass.
-        often = np.where(c.zero >= 2, c.accumulation, 1)
-        sums = np.maximum(dp["sums"] - HIDDEN_SHARE * backward / c.accumulation * often, 0.0)
-        often = np.where(c.zero == 3, c.accumulation, 1)
-        room = np.where(c.zero == 3, forward + backward, forward) / c.accumulation * often
-        return sums + np.maximum(dp["gathers"] - HIDDEN_SHARE * room, 0.0)
+    def data_parallel(self) -> DataParallel:
+        spec = self.spec if self.mtp else self.spec.with_(num_nextn_predict_layers=0)
+        return DataParallel(
+            *(spec, self.candidates, self.sequence_length, self.costs.network),
+            *(self.software.state, self.costs.kernels.bandwidth),
+        )
 
     def message(self) -> np.ndarray:
         """Seconds of a micro-batch's activations from one pipeline rank to the next."""
         c = self.candidates
         sent = self.costs.shard * self.spec.hidden_size * 2.0
         return self.costs.network.send(sent, c.devices // c.pp >= self.cluster.domain)
-
-    # --------------------------------------------------------------------------------------- a step
 
     @cached_property
     def estimate(self) -> np.ndarray:
@@ -295,10 +233,11 @@ class TrainingTimes:
             bubble = (pp - 1) * _bubble(schedule, stages, forward, inputs, weights, mean)
             hops = 2 * (pp * stages - 1) * message[rows] if pp > 1 else 0.0
             fill = m * slowest + bubble + hops
-            out[rows] = fill
+            # However few micro-batches: one goes through all ranks.
+            out[rows] = np.maximum(fill, pp * mean + hops)
             for whole, x in zip(work, (s.input + s.weight, s.forward, s.hidden), strict=True):
                 whole[rows] = x.sum(1).max(0) * m
-        return out + self.open_data_parallel(*work) + self.optimizer + STEP_OVERHEAD_S
+        return out + self.data_parallel.shown(*work) + self.data_parallel.optimizer + STEP_OVERHEAD_S
 
     def time_step(self, row: int) -> Step:
         """Plays the pipeline of candidate `row`."""
@@ -322,14 +261,14 @@ class TrainingTimes:
         work = (
             np.full(len(c), x[..., 0].sum(1).max() * m) for x in (s.input + s.weight, s.forward, s.hidden)
         )
-        shown = float(self.open_data_parallel(*work)[row])
+        shown = float(self.data_parallel.shown(*work)[row])
         busiest = int((s.pair if schedule == "dualpipev" and pp > 1 else s.whole)[..., 0].sum(1).argmax())
         # Where forward and backward hide each other's exchange, nothing of it shows on its own.
         parts = {part: float(x[busiest].sum()) * m for part, x in self.parts(row, pipeline).items()}
         parts["launching"] = float(s.host[busiest, :, 0].sum()) * m
         exposed = {axis: float(x[busiest, :, 0].sum()) * m for axis, x in s.exposed.items()}
         own = float((s.pair if schedule == "dualpipev" and pp > 1 else s.whole)[busiest, :, 0].sum()) * m
-        optimizer = float(self.optimizer[row])
+        optimizer = float(self.data_parallel.optimizer[row])
         return Step(
             seconds=makespan + shown + optimizer + STEP_OVERHEAD_S,
             parts=parts,

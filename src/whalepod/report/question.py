@@ -17,7 +17,7 @@ from typing import Any
 from whalepod.planner.search import SCHEDULES, TrainingJob, default_batch
 from whalepod.planner.serve_software import engine_names
 from whalepod.planner.serve_step import Traffic
-from whalepod.planner.software import load_software
+from whalepod.planner.software import load_software, usual_software
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.hardware import MAX_GPUS, Cluster, Gpu, load_gpu, override_gpu, parse_gpus
 from whalepod.spec.layout import MAX_SIZE
@@ -162,13 +162,12 @@ class Question:
                 f"--sequence-length {length} is more than the {spec.max_position_embeddings} positions of "
                 f"{shown(spec.name)}"
             )
-        usual = {"H800": "deepseek", "cpu": "whalepod"}.get(gpu.name, "megatron-26.02")
         names = ("tp", "pp", "ep", "cp", "micro_batch", "zero", "schedule", "recompute")
         return TrainingJob(
             spec,
             cluster,
-            load_software(self.software or usual),
-            self.global_batch or default_batch(spec, cluster.num_gpus),
+            load_software(self.software or usual_software(gpu)),
+            self.global_batch or default_batch(spec, cluster.num_gpus, length),
             length,
             self.precision_on(gpu),
             self.imbalance or 1.0,

@@ -138,6 +138,13 @@ class Cluster:
         return self.gpu.scale_up.gb_s if self.gpu.scale_up else self.gpu.pcie_gb_s
 
     @property
+    def aligned(self) -> int:
+        """Of a domain what a job of this size fills evenly: 64 of a rack's 72 where it has 256."""
+        if self.num_gpus <= self.domain:
+            return self.domain
+        return max(d for d in range(1, self.domain + 1) if self.num_gpus % d == 0)
+
+    @property
     def nic_gb_s(self) -> float | None:
         return self.gpu.nic_gb_s
 
