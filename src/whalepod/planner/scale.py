@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from whalepod.planner.plan import MAX_COUNT, TrainingPlan, best_plan, check_network, smallest_count
+from whalepod.planner.advice import MAX_COUNT, check_network, smallest_count
+from whalepod.planner.answers import TrainingPlan
+from whalepod.planner.plan import best_plan
 from whalepod.planner.search import TrainingJob
 
 Progress = Callable[[str, int, int], None]

@@ -7,7 +7,7 @@ Those that fit are ranked by the estimate, and the pipelines of the best are pla
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 
@@ -56,6 +56,11 @@ class TrainingJob:
         """Memory that a plan may use on each device."""
         return self.cluster.gpu.memory_gib * USABLE
 
+    @property
+    def precisions(self) -> list[str]:
+        """Those that `auto` stands for."""
+        return [name for name in ("fp8", "bf16") if self.cluster.gpu.supports(name)]
+
     def times(self, candidates: Candidates) -> TrainingTimes:
         return TrainingTimes(
             *(self.spec, candidates, self.cluster, self.software),
@@ -74,11 +79,13 @@ class TrainingJob:
         )
 
 
-def default_batch(spec: ModelSpec, num_gpus: int = 1) -> int:
-    """Sequences a step of the reports: 15,360 for V3 (section 4.2), 4,608 for V2-Lite (appendix B).
+def default_batch(spec: ModelSpec, num_gpus: int = 1, sequence_length: int = 4096) -> int:
+    """Sequences a step of the reports: 15,360 of 4,096 tokens for V3, and as many tokens in longer ones
+    (sections 4.2 and 4.3), 4,608 for V2-Lite (appendix B).
 
     Where the number of GPUs has other factors than two, the nearest batch that they divide."""
     batch = 15360 if spec.hidden_size >= 4096 else 4608
+    batch = max(1, batch * 4096 // sequence_length)
     odd = num_gpus // (num_gpus & -num_gpus)
     if batch % odd == 0:
         return batch
@@ -185,6 +192,8 @@ def _meshes(job: TrainingJob) -> Iterator[tuple[int, ...]]:
                     m = job.global_batch // (micro * dp)
                     inner = shard * cp * tp
                     for ep in choice("ep", _expert_sizes(spec, inner, tp)):
+                        if ep == 1 and not _cuts_experts(spec, tp, job.precision):
+                            continue
                         if inner % ep or (ep > 1 and (spec.moe is None or spec.moe.n_routed_experts % ep)):
                             continue
                         for pipeline in _pipelines(job, pp, m):
@@ -246,6 +255,12 @@ def _splits(spec: ModelSpec, tp: int, precision: str) -> bool:
     return all(size % (tp * multiple) == 0 for size, multiple in sizes)
 
 
+def _cuts_experts(spec: ModelSpec, tp: int, precision: str) -> bool:
+    """Whether `tp` may cut every expert's width: grouped products want 16 bytes, FP8 whole blocks."""
+    multiple = {"fp8": FP8_BLOCK, "fp32": 4}.get(precision, 8)
+    return spec.moe is None or spec.moe.moe_intermediate_size % (tp * multiple) == 0
+
+
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0] if n <= 4096 else _large_divisors(n)
 
@@ -270,8 +285,3 @@ def _why_none(job: TrainingJob) -> str:
         f"no layout of {job.spec.name} over {n} {job.cluster.gpu.name}{with_pins} and a global batch of "
         f"{job.global_batch} is possible: sizes must divide the devices and the batch"
     )
-
-
-def with_cluster(job: TrainingJob, cluster: Cluster) -> TrainingJob:
-    """The same job elsewhere."""
-    return replace(job, cluster=cluster)

@@ -12,7 +12,8 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from whalepod.planner.plan import TrainingAnswer, plan_training
+from whalepod.planner.answers import TrainingAnswer
+from whalepod.planner.plan import plan_training
 from whalepod.report import planning, scaling
 from whalepod.report.planning_tables import training_view
 from whalepod.report.question import Question, check_top, parse_counts

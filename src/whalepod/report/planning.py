@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from whalepod.planner.plan import TrainingAnswer, TrainingPlan
+from whalepod.planner.answers import TrainingAnswer, TrainingPlan
 from whalepod.report.calculator import web_calculator
 from whalepod.report.question import Question
 from whalepod.spec.errors import UserError

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from whalepod.planner.plan import MAX_COUNT
+from whalepod.planner.advice import MAX_COUNT
 from whalepod.planner.scale import default_counts, scale_training
 from whalepod.report.planning import layout_json, layout_words, price_json
 from whalepod.report.planning_tables import NARROW, WIDE, dollars, notes, plain_table, price_words, three

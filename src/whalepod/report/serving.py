@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from whalepod.planner.plan import WORTH, Help
+from whalepod.planner.advice import WORTH
+from whalepod.planner.answers import Help
 from whalepod.planner.serve_layout import ServeLayout, Worker, is_latent, parse_layout
 from whalepod.planner.serve_memory import ServeMemory
 from whalepod.planner.serve_search import candidates, pareto, search_serving
