@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from whalepod.planner import serve_accuracy
+from whalepod.planner.network import expected_nodes
+from whalepod.planner.serve_kernels import Kernels
 from whalepod.planner.serve_layout import ServeLayout, Worker, parse_layout
 from whalepod.planner.serve_memory import cache_bytes_per_token, serve_memory, weight_bytes_per_gpu
 from whalepod.planner.serve_search import pareto, search_serving
-from whalepod.planner.serve_software import Software, generation_of, load_software
+from whalepod.planner.serve_software import Engine, generation_of, load_software
 from whalepod.planner.serve_step import Traffic
 from whalepod.planner.serve_worker import WorkerModel, Workload, tokens_per_step
 from whalepod.planner.serving import ServeEstimate, estimate
@@ -29,7 +31,7 @@ V3 = load_model_spec("deepseek-v3")
 GIB = 2**30
 
 
-def software(gpu: str = "H200", precision: str = "fp8", engine: str = "sglang") -> Software:
+def software(gpu: str = "H200", precision: str = "fp8", engine: str = "sglang") -> Engine:
     return load_software(engine, load_gpu(gpu), precision)
 
 
@@ -237,6 +239,33 @@ def test_prefill_workers_limit_a_disaggregated_deployment():
     assert more.ttft_s < few.ttft_s / 2
 
 
+def test_one_output_token_is_bound_by_prefill():
+    work = Workload(1000, 1)
+    model = worker_model(Worker(dp=8, ep=8))
+    prompt = replace(model, work=work).prompt_busy_s
+    few, many = (
+        run("TP1 DPattn8 moeTP1 EP8", 1, isl=1000, osl=1),
+        run("TP1 DPattn8 moeTP1 EP8", 512, isl=1000, osl=1),
+    )
+    # No TPOT; in its place a step of decoding.
+    assert many.tpot_s == pytest.approx(sum(many.decode_parts.values()), rel=0.05)
+    assert many.tpot_s < 0.1
+    assert few.ttft_s == pytest.approx(replace(model, work=work).prompt_alone_s + 0.028, rel=0.05)
+    assert many.requests_per_s == pytest.approx(1 / prompt, rel=1e-6)
+    assert many.ttft_s == pytest.approx(512 * prompt, rel=1e-6)
+    assert many.limited_by == "prefill"
+    best = search_serving(V3, parse_gpus("8xH200"), 1000, 1, "fp8", "sglang").plans[0]
+    assert 20 < best.requests_per_s < 1 / prompt
+    assert best.ttft_s < 1
+    assert best.limited_by == "prefill"
+    # Between one and many tokens no more requests come out than prompts go in.
+    for osl in (2, 4, 16):
+        assert run("TP1 DPattn8 moeTP1 EP8", 512, isl=1000, osl=osl).requests_per_s <= 1.001 / prompt
+    apart = run(DISAGGREGATED, 64, "24xH200", isl=1000, osl=1)
+    assert apart.tpot_s < 0.1
+    assert apart.limited_by == "prefill"
+
+
 def test_speculation():
     assert tokens_per_step(0, 0.9) == 1
     assert tokens_per_step(1, 0.85) == pytest.approx(1.85)
@@ -271,6 +300,85 @@ def test_two_batch_overlap_hides_the_exchange():
     assert model.prompt_busy_s < apart.prompt_busy_s
 
 
+def test_tokens_cross_to_the_nodes_that_the_router_allows():
+    moe = V3.moe
+    assert moe is not None
+    gpu = load_gpu("H800")
+    for nodes, visited in ((4, 3.00), (8, 3.60), (16, 5.25)):
+        assert expected_nodes(moe, nodes) == pytest.approx(visited, abs=0.01)
+        kernels = Kernels(gpu, software("H800").kernels, 8)
+        times = [kernels.exchange(n, 7168, moe, 8 * nodes, 1.0, dedupe=True) for n in (10_000, 20_000)]
+        # Bytes over the network: all but the own node's share of the copies.
+        sent = 10_000 * 7168 * expected_nodes(moe, nodes) * (1 - 1 / nodes)
+        assert times[1] - times[0] == pytest.approx(sent / (0.85 * 50e9), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "precision"),
+    [
+        ("deepseek-v3", "64xH100", "fp8"),
+        ("deepseek-v3", "72xGB200", "fp4"),
+        ("deepseek-v2-lite", "8xRTX4090", "fp8"),
+        ("deepseek-r1-distill-qwen-7b", "8xL40S", "bf16"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["aggregated", "disaggregated"])
+def test_plans_do_not_queue(model: str, gpus: str, precision: str, mode: str):
+    spec, cluster = load_model_spec(model), parse_gpus(gpus)
+    found = search_serving(spec, cluster, 4096, 1024, precision, "sglang", modes=(mode,))
+    assert found.plans
+    for plan in found.plans:
+        assert plan.ttft_s < 20 * sum(plan.prefill_parts.values()), plan.layout
+        # Whoever does not decode is in prefill: few of them.
+        assert plan.requests_per_s * plan.ttft_s < 0.25 * plan.concurrency, plan.layout
+    front = pareto(spec, cluster, 4096, 1024, precision, "sglang", modes=(mode,))
+    assert all(p.ttft_s < 20 * sum(p.prefill_parts.values()) for p in front)
+
+
+# -------------------------------------------------------------------------------------------------- links
+
+UNKNOWN = "the network between nodes of RTX4090 is not known: give GB/s per GPU with --nic-gb-s"
+
+
+def test_without_a_known_network_workers_stay_within_a_node():
+    lite, cluster = load_model_spec("deepseek-v2-lite"), parse_gpus("16xRTX4090")
+    assert cluster.nic_gb_s is None
+    found = search_serving(lite, cluster, 1024, 256, "fp8", "sglang")
+    assert found.plans
+    assert all(p.layout.mode == "aggregated" and p.layout.decode.num_gpus <= 8 for p in found.plans)
+    assert max(p.layout.num_gpus for p in found.plans) == 16
+    assert {r.reason for r in found.rejected if "network" in r.reason} == {UNKNOWN}
+    # Within a node prefill and decode workers may be apart.
+    modes = ("disaggregated",)
+    assert search_serving(lite, parse_gpus("8xRTX4090"), 1024, 256, "fp8", "sglang", modes=modes).plans
+    # Workers of four in nodes of six: one in each.
+    odd = search_serving(lite, parse_gpus("12xRTX4090", 6), 1024, 256, "fp8", "sglang", modes=("aggregated",))
+    assert {p.layout.num_decode for p in odd.plans if p.layout.decode.num_gpus == 4} == {2}
+    known = replace(cluster, gpu=replace(cluster.gpu, nic_gb_s=12.5))
+    more = search_serving(lite, known, 1024, 256, "fp8", "sglang")
+    assert any(p.layout.decode.num_gpus == 16 for p in more.plans)
+
+
+def test_networks_and_links_that_nobody_knows_are_asked_for():
+    work, across = Workload(1024, 256), "TP1 DPattn16 moeTP1 EP16"
+    lite, cluster = load_model_spec("deepseek-v2-lite"), parse_gpus("16xRTX4090")
+    engine = software("RTX4090")
+    for text in (across, "P 1x(TP1 DPattn8 moeTP1 EP8) + D 1x(TP1 DPattn8 moeTP1 EP8)"):
+        with pytest.raises(UserError, match=UNKNOWN):
+            estimate(lite, cluster, parse_layout(text), work, 8, "fp8", engine)
+    # Stages within a node need none.
+    near = parse_layout("TP2 DPattn1 moeTP2 EP1 PP2")
+    assert estimate(lite, cluster, near, work, 8, "fp8", engine).tpot_s < 0.1
+    assert search_serving(V3, parse_gpus("64xRTX4090"), 1024, 256, "fp8", "sglang").advice == [UNKNOWN]
+    small = search_serving(V3, parse_gpus("2xRTX4090"), 1024, 256, "fp8", "sglang").advice
+    assert small[-1].startswith("64 x RTX4090 would hold it")
+    assert small[-1].endswith(UNKNOWN)
+    apart = replace(cluster.gpu, pcie_gb_s=None)
+    found = search_serving(lite, replace(cluster, gpu=apart), 1024, 256, "fp8", "sglang")
+    assert {p.layout.decode.num_gpus for p in found.plans} == {1}
+    assert any("give the profile its pcie_gb_s" in r.reason for r in found.rejected)
+
+
 # ------------------------------------------------------------------------------------------------- software
 
 
@@ -293,6 +401,26 @@ def test_gpus_without_curves_take_their_kin_s_and_say_so():
         )
         assert found.plans, gpu
         assert all(np.isfinite([e.ttft_s, e.tpot_s]).all() for e in found.plans)
+
+
+def test_kin_reach_what_their_own_products_do():
+    # FP8 was not measured on MI300X: as far below its peak as BF16.
+    reach = software("MI300X").reach
+    assert reach["fp8"] == reach["bf16"] == pytest.approx(0.514 / 0.803)
+    experts = [
+        worker_model(Worker(tp=8, ep=8), f"8x{gpu}", isl=4096).prompt_parts["experts"]
+        for gpu in ("MI300X", "H200")
+    ]
+    assert experts[0] > experts[1]
+    # Named Blackwell, but another chip than B200.
+    hopper = software("H200").kernels
+    for gpu in ("RTX5090", "RTX-PRO-6000", "L40S"):
+        card = software(gpu)
+        assert card.kernels == hopper
+        assert card.reach["fp8"] == pytest.approx(0.7 / 0.803)
+        assert "Hopper" in card.notes[0]
+    assert software("B300").kernels == software("B200").kernels != hopper
+    assert software("RTX5090", "fp4").reach["fp4"] < 1
 
 
 @pytest.mark.parametrize("bad", [{"isl": 0, "osl": 1}, {"isl": 1, "osl": 1, "drafts": -1}])
@@ -374,6 +502,10 @@ def test_published_points_of_large_deployments():
     for point in points:
         if point["comparable"]:
             assert abs(point["error"]) < 0.15, point["name"]
+    # A batch that was computed from the figure itself proves nothing.
+    assert [p["name"].split(" on ")[0] for p in points if p["error"] is None] == [
+        "DeepSeek production decode EP144"
+    ]
 
 
 @pytest.mark.parametrize(

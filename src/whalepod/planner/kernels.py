@@ -11,17 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from whalepod.planner.roofline import smooth_max
 from whalepod.planner.software import Shares
 from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Gpu
 
 Times = np.ndarray
+RIDGE = 4.0  # how sharp the roofline's ridge is
 LAUNCH_S = 4e-6  # from one kernel's end to the next one's work on the device
-
-
-def longer(*seconds: Times | float) -> Times:
-    """A smooth maximum: of two equal times 1.19 times one."""
-    return np.asarray(sum(np.asarray(s, dtype=float) ** 4 for s in seconds)) ** 0.25
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Kernels:
         element = np.where(precision == "fp8", 1.0, np.where(precision == "fp32", 4.0, 2.0))
         moved = element * (rows * inner + inner * columns) + out_bytes * rows * columns
         rate = self.rate(self.shares.gemm, precision) * inner / (inner + self.shares.half_k)
-        return longer(flops / rate, moved / self.bandwidth) + LAUNCH_S
+        return smooth_max(flops / rate, moved / self.bandwidth, power=RIDGE) + LAUNCH_S
 
     def grouped(self, experts, rows, inner, columns, precision, out_bytes=2.0, of="rows") -> Times:
         """`experts` products of `rows` x inner times inner x columns; `of` names the routed dimension:
@@ -63,7 +60,7 @@ class Kernels:
         routed, fixed = (rows, inner) if of == "rows" else (inner, np.minimum(rows, columns))
         rate = self.rate(self.shares.grouped, precision) * fixed / (fixed + self.shares.half_k)
         rate = rate * routed / (routed + self.shares.half_rows)
-        return longer(flops / rate, moved / self.bandwidth) + LAUNCH_S
+        return smooth_max(flops / rate, moved / self.bandwidth, power=RIDGE) + LAUNCH_S
 
     def attention(self, flops: np.ndarray, precision: np.ndarray, backward: bool = False) -> Times:
         """Causal attention over whole sequences of the given FLOPs (of this pass), never in FP8."""

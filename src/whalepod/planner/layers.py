@@ -15,6 +15,7 @@ import numpy as np
 from whalepod.planner.candidates import Candidates
 from whalepod.planner.kernels import Kernels
 from whalepod.planner.network import UNREACHABLE_S, Network, expected_nodes
+from whalepod.planner.roofline import smooth_max
 from whalepod.planner.software import Software
 from whalepod.spec.counts import attended_keys, attention_flops
 from whalepod.spec.model import GQA, ModelSpec
@@ -318,4 +319,4 @@ in part even where the device is slower."""
 
 def together(device: np.ndarray, host: np.ndarray) -> np.ndarray:
     """Seconds of kernels that the device works on and the host launches."""
-    return (device**HOST_SHARPNESS + host**HOST_SHARPNESS) ** (1 / HOST_SHARPNESS)
+    return smooth_max(device, host, power=HOST_SHARPNESS)

@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from whalepod.planner.network import expected_nodes, fast_gb_s
+from whalepod.planner.roofline import smooth_max
 from whalepod.spec.hardware import Gpu
+from whalepod.spec.model import MoE
 
 Array = Any
 """A float or a numpy array of floats."""
@@ -67,7 +70,11 @@ class LinkCurve:
 
 @dataclass(frozen=True)
 class KernelSet:
-    """Curves of one engine on one architecture, by weight or cache precision."""
+    """Curves of one engine on one architecture, by weight or cache precision.
+
+    min_heads: query heads that decode attention is padded to. narrow_attention: it multiplies in the cache's
+    own precision, as only Blackwell's kernels do.
+    """
 
     gemm: Mapping[str, Curve] = field(hash=False)
     experts: Mapping[str, Curve] = field(hash=False)
@@ -76,14 +83,7 @@ class KernelSet:
     all_reduce: LinkCurve
     gather: LinkCurve
     min_heads: int = 64
-
-
-def smooth_max(*times: Array, power: float = 3.0) -> Array:
-    """What overlaps imperfectly: a maximum with rounded corners."""
-    total: Array = 0.0
-    for time in times:
-        total = total + time**power
-    return total ** (1 / power)
+    narrow_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,14 @@ class Kernels:
     def _memory(self) -> float:
         return self.gpu.memory_tb_s * 1e12
 
-    def _fast(self, share: float) -> float:
-        """Bytes per second within the domain at a share of the link, at most what is published as usable."""
-        link = self.gpu.scale_up
-        bandwidth = (link.gb_s if link else self.gpu.pcie_gb_s) or 16.0
-        if not self.gpu.peer_to_peer:  # through the host's memory, in and out
-            bandwidth = bandwidth / 2
-        return 1e9 * min(bandwidth * share, self.gpu.usable_scale_up_gb_s or bandwidth)
+    def _fast(self, ranks: int, share: float) -> float:
+        """Bytes per second to `ranks` of the domain at a share of the link."""
+        return 1e9 * float(fast_gb_s(self.gpu, ranks, share))
 
     @property
     def _slow(self) -> float:
-        return 1e9 * (self.gpu.nic_gb_s or 25.0) * _NIC_SHARE
+        assert self.gpu.nic_gb_s, "`serve_layout.check_links` refuses layouts that would need it"
+        return 1e9 * self.gpu.nic_gb_s * _NIC_SHARE
 
     # ------------------------------------------------------------------------------------ computation
 
@@ -179,8 +176,7 @@ class Kernels:
         bytes_: of one element.
         """
         c = self.curves.decode_attention[cache]
-        # Only Blackwell's kernels multiply in the cache's own precision.
-        narrow = self.gpu.supports(cache) and self.gpu.architecture.startswith("blackwell")
+        narrow = self.gpu.supports(cache) and self.curves.narrow_attention
         precision = cache if narrow else "bf16"
         pairs = requests * keys
         compute = 2.0 * pairs * heads * key_width
@@ -217,7 +213,7 @@ class Kernels:
         inner = max(1, min(ranks, self.domain // stride))
         time: Array = curve.latency_us * 1e-6 + 0.0 * size
         if inner > 1:
-            time = time + ways * (inner - 1) / inner * size / self._fast(curve.share)
+            time = time + ways * (inner - 1) / inner * size / self._fast(inner, curve.share)
             time = time + curve.ramp_us * 1e-6 * np.sqrt(size / 1e6)
         outer = -(-ranks // inner)
         if outer > 1:
@@ -225,25 +221,27 @@ class Kernels:
             time = time + hops * _LINK_LATENCY_S + ways * (outer - 1) / outer * size / inner / self._slow
         return time
 
-    def send(self, size: Array) -> Array:
-        """`size` bytes to one rank of another node."""
-        return _LINK_LATENCY_S + size / self._slow
+    def send(self, size: Array, far: bool) -> Array:
+        """`size` bytes to one rank, outside the domain where `far`."""
+        return _LINK_LATENCY_S + size / (self._slow if far else self._fast(2, self.curves.gather.share))
 
     def exchange(
-        self, tokens: Array, hidden: int, top_k: int, ranks: int, bytes_: float, dedupe: bool
+        self, tokens: Array, hidden: int, moe: MoE, ranks: int, bytes_: float, dedupe: bool
     ) -> Array:
         """One direction of the tokens' way to their experts or back (DeepEP): `tokens` of this rank, each to
-        `top_k` experts on `ranks`. dedupe: a token crosses once per rank and node (high throughput) rather
-        than once per expert (low latency)."""
+        its experts on `ranks`. dedupe: a token crosses once per rank and node (high throughput) rather than
+        once per expert (low latency)."""
         if ranks <= 1:
             return 0.0 * np.asarray(tokens, float)
-        copies, inner = float(top_k), min(ranks, self.domain)
+        top_k, inner = moe.num_experts_per_tok, min(ranks, self.domain)
+        copies = float(top_k)
         outside = 1.0 - inner / ranks
         far = copies
         if dedupe:
             copies = ranks * (1.0 - (1.0 - 1.0 / ranks) ** top_k)
-            nodes = ranks / inner
-            far = nodes * (1.0 - (1.0 - 1.0 / nodes) ** top_k) if nodes > 1 else 0.0
+            far = expected_nodes(moe, -(-ranks // inner))
         payload = tokens * hidden * bytes_
-        near = payload * (copies if dedupe else copies * (1.0 - outside)) / self._fast(_EXCHANGE_SHARE)
+        near = payload * (copies if dedupe else copies * (1.0 - outside)) / self._fast(inner, _EXCHANGE_SHARE)
+        if outside == 0.0:
+            return _EXCHANGE_LATENCY_S + near
         return _EXCHANGE_LATENCY_S + np.maximum(near, payload * far * outside / self._slow)

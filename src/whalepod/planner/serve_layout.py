@@ -146,8 +146,24 @@ class ServeLayout:
         if cluster is None:
             return
         check_precision(cluster.gpu.name, cluster.gpu.tflops, precision)
+        self.check_links(cluster)
         if self.num_gpus > cluster.num_gpus:
             raise UserError(f"layout {self} needs {self.num_gpus} GPUs, and there are {cluster.num_gpus}")
+
+    def check_links(self, cluster: Cluster) -> None:
+        """Raises UserError where nobody knows how fast GPUs that must talk do. Aggregated workers need not
+        talk to each other."""
+        check_links(cluster, self.num_gpus if self.prefill else self.decode.num_gpus)
+
+
+def check_links(cluster: Cluster, num_gpus: int) -> None:
+    """Raises UserError where so many GPUs would use a link or a network whose bandwidth is not known."""
+    if num_gpus > 1 and cluster.domain_gb_s is None:
+        raise UserError(f"the link between {cluster.gpu.name}s is not known: give the profile its pcie_gb_s")
+    if num_gpus > cluster.most:
+        raise UserError(
+            f"the network between nodes of {cluster.gpu.name} is not known: give GB/s per GPU with --nic-gb-s"
+        )
 
 
 def check_precision(gpu: str, tflops: object, precision: str) -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from whalepod.planner.serve_layout import ServeLayout, Worker, check_precision
+from whalepod.planner.serve_layout import ServeLayout, Worker, check_links, check_precision
 from whalepod.planner.serve_memory import serve_memory
-from whalepod.planner.serve_software import Software, load_software
+from whalepod.planner.serve_software import Engine, load_software
 from whalepod.planner.serve_step import DEFAULT_TRAFFIC, Traffic
 from whalepod.planner.serve_worker import WorkerModel, Workload, need_memory
 from whalepod.planner.serving import ServeEstimate, build, steady
@@ -21,12 +21,17 @@ from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Cluster
 from whalepod.spec.model import ModelSpec
 
-_CONCURRENCY = np.unique(np.round(2.0 ** (np.arange(0, 53) / 2.0)))
-"""1 to 67 million in steps of half a doubling; a layout takes as many as it has room for."""
+_CONCURRENCY = np.unique(np.round(2.0 ** (np.arange(0, 209) / 8.0)))
+"""1 to 67 million in steps of an eighth of a doubling; a layout takes as many as it has room for."""
+_MOST_WAIT = 10.0
+"""Times that the first token may take, of what it takes a request alone: beyond, requests only queue."""
+_NEARLY = 0.95
+"""Of a layout's most tokens per second: what lies beyond is bought with everyone's latency."""
 _MOST_WORKER_GPUS = 320
 """The widest unit DeepSeek describes (V3, section 3.4.2)."""
 _PREFILL_CHOICES = 3
-_SPLITS = 3
+_SPLITS = (1.0, 0.7, 1.3)
+"""Decode workers tried, of the number at which neither pool waits."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,16 @@ class Candidate:
     def output_tokens_per_s(self) -> np.ndarray:
         return self.numbers["requests_per_s"] * self.decode.work.osl
 
+    @property
+    def sensible(self) -> np.ndarray:
+        """Whether every request has cache, and no long queue before it."""
+        if self.prefill is None:
+            room = self.numbers["admitted"] >= 0.999 * self.concurrency
+        else:
+            room = self.numbers["batch"] <= 0.999 * self.decode.most_requests
+        ttft = self.numbers["ttft_s"]
+        return room & (ttft <= _MOST_WAIT * ttft[0])
+
     def at(self, index: int) -> ServeEstimate:
         return build(self.layout, self.decode, self.prefill, self.numbers, index)
 
@@ -71,7 +86,7 @@ def search_serving(
     isl: int,
     osl: int,
     precision: str,
-    engine: str | Software,
+    engine: str | Engine,
     *,
     ttft_limit_s: float | None = None,
     tpot_limit_s: float | None = None,
@@ -82,8 +97,8 @@ def search_serving(
 ) -> ServeSearch:
     """Layouts by output tokens per second of the whole cluster within the limits, the best first.
 
-    A layout's concurrency is the least that brings 98 % of its most tokens per second, of those within the
-    limits at which no request waits for cache.
+    A layout's concurrency is the least that brings 95 % of its most tokens per second, of those within the
+    limits at which no request waits for cache, nor ten times as long as it would take alone.
 
     Raises UserError for a precision that the GPU lacks, or an unknown engine.
     """
@@ -96,9 +111,7 @@ def search_serving(
     for candidate in candidates(spec, cluster, work, precision, software, modes, traffic, rejected):
         count += len(candidate.concurrency)
         numbers = candidate.numbers
-        allowed = numbers["admitted"] >= 0.999 * candidate.concurrency
-        if candidate.prefill is not None:
-            allowed = numbers["batch"] <= 0.999 * candidate.decode.most_requests
+        allowed = candidate.sensible
         if ttft_limit_s is not None:
             allowed &= numbers["ttft_s"] <= ttft_limit_s
         if tpot_limit_s is not None:
@@ -107,8 +120,7 @@ def search_serving(
             rejected.append(Rejected(str(candidate.layout), _missed(numbers, ttft_limit_s, tpot_limit_s)))
             continue
         output = np.where(allowed, candidate.output_tokens_per_s, -1.0)
-        # The fewest requests that bring nearly the most: beyond, only the queues grow.
-        plans.append(candidate.at(int(np.argmax(output >= 0.98 * output.max()))))
+        plans.append(candidate.at(int(np.argmax(output >= _NEARLY * output.max()))))
     plans.sort(key=lambda e: -e.output_tokens_per_s)
     advice = [] if plans else _advice(spec, cluster, work, precision, software, rejected)
     return ServeSearch(plans, rejected, advice, count)
@@ -120,7 +132,7 @@ def pareto(
     isl: int,
     osl: int,
     precision: str,
-    engine: str | Software,
+    engine: str | Engine,
     *,
     modes: tuple[str, ...] = ("aggregated", "disaggregated"),
     drafts: int = 0,
@@ -137,7 +149,8 @@ def pareto(
         per_gpu = candidate.output_tokens_per_s / candidate.layout.num_gpus
         per_user = 1.0 / candidate.numbers["tpot_s"]
         points += [
-            (float(u), float(g), candidate, i) for i, (u, g) in enumerate(zip(per_user, per_gpu, strict=True))
+            (float(per_user[i]), float(per_gpu[i]), candidate, int(i))
+            for i in np.flatnonzero(candidate.sensible)
         ]
     points.sort(key=lambda p: (-p[0], -p[1]))
     front, best = [], 0.0
@@ -153,7 +166,7 @@ def candidates(
     cluster: Cluster,
     work: Workload,
     precision: str,
-    software: Software,
+    software: Engine,
     modes: tuple[str, ...],
     traffic: Traffic,
     rejected: list[Rejected],
@@ -165,17 +178,30 @@ def candidates(
         try:
             worker.check(spec, precision)
             need_memory(model)
+            check_links(cluster, worker.num_gpus)
         except UserError as error:
             rejected.append(Rejected(str(worker), str(error)))
             continue
         models.append(model)
     if "aggregated" in modes:
         for model in models:
-            layout = ServeLayout(model.worker, cluster.num_gpus // model.worker.num_gpus)
-            yield _timed(layout, model, None)
+            yield _timed(ServeLayout(model.worker, _replicas(cluster, model.worker)), model, None)
     if "disaggregated" in modes:
         for layout, decode, prefill in _pairs(models, cluster.num_gpus):
+            try:
+                layout.check_links(cluster)
+            except UserError as error:
+                rejected.append(Rejected(str(layout), str(error)))
+                continue
             yield _timed(layout, decode, prefill)
+
+
+def _replicas(cluster: Cluster, worker: Worker) -> int:
+    """Workers on the cluster; without a network each within a domain."""
+    if cluster.nic_gb_s is not None:
+        return cluster.num_gpus // worker.num_gpus
+    domains, rest = divmod(cluster.num_gpus, cluster.most)
+    return domains * (cluster.most // worker.num_gpus) + rest // worker.num_gpus
 
 
 def workers(spec: ModelSpec, num_gpus: int, per_node: int) -> Iterator[Worker]:
@@ -187,7 +213,7 @@ def workers(spec: ModelSpec, num_gpus: int, per_node: int) -> Iterator[Worker]:
     for stage in sorted(s for s in sizes if s <= min(num_gpus, _MOST_WORKER_GPUS)):
         for tp in (t for t in (1, 2, 4, 8, 16) if stage % t == 0):
             dp = stage // tp
-            if dp > 1 and tp > 1 and (tp > per_node or dp < 2):
+            if dp > 1 and tp > per_node:
                 continue
             if spec.moe is None and dp > 1:
                 continue
@@ -218,7 +244,7 @@ def _pairs(
                 continue
             wanted = num_gpus * rate[prefill] / (rate[prefill] + per_gpu) / size
             tried: set[int] = set()
-            for factor in (1.0, 0.7, 1.3)[:_SPLITS]:
+            for factor in _SPLITS:
                 number = int(np.clip(round(wanted * factor), 1, (num_gpus - other) // size))
                 if number in tried:
                     continue
@@ -233,9 +259,9 @@ def _timed(layout: ServeLayout, decode: WorkerModel, prefill: WorkerModel | None
     return Candidate(layout, decode, prefill, grid, steady(layout, decode, prefill, grid))
 
 
-def _software(engine: str | Software, cluster: Cluster, precision: str) -> Software:
+def _software(engine: str | Engine, cluster: Cluster, precision: str) -> Engine:
     check_precision(cluster.gpu.name, cluster.gpu.tflops, precision)
-    return engine if isinstance(engine, Software) else load_software(engine, cluster.gpu, precision)
+    return engine if isinstance(engine, Engine) else load_software(engine, cluster.gpu, precision)
 
 
 def _missed(numbers: Mapping[str, np.ndarray], ttft: float | None, tpot: float | None) -> str:
@@ -252,7 +278,7 @@ def _advice(
     cluster: Cluster,
     work: Workload,
     precision: str,
-    software: Software,
+    software: Engine,
     rejected: list[Rejected],
 ) -> list[str]:
     """The smallest changes after which something would fit."""
@@ -263,6 +289,9 @@ def _advice(
         if narrower in cluster.gpu.tflops and precision not in (narrower, "fp4"):
             lines.append(f"try {narrower.upper()} weights: {cluster.gpu.name} computes in it")
             break
+    unknown = sorted({r.reason for r in rejected if " is not known: give " in r.reason})
+    if unknown:  # only what fits is rejected for its links
+        return lines + unknown
     number = max(1, cluster.num_gpus)
     while number <= 4096:
         number *= 2
@@ -277,5 +306,9 @@ def _advice(
             )
             if memory.kv_capacity_tokens > work.context:
                 lines.append(f"{number} x {cluster.gpu.name} would hold it, as {worker}")
+                try:
+                    check_links(cluster, worker.num_gpus)
+                except UserError as error:
+                    lines[-1] += f"; but {error}"
                 return lines
     return lines

@@ -19,10 +19,12 @@ from whalepod.spec.hardware import Gpu, load_gpu
 from whalepod.spec.model import shown
 
 _DATA = Path(__file__).parent / "data" / "serving.yaml"
+_USUAL_REACH = 0.7
+"""Of the BF16 peak, on a chip whose products nobody published; as `planner.software` takes for training."""
 
 
 @dataclass(frozen=True)
-class Software:
+class Engine:
     """An engine of a generation on an architecture at a weight precision.
 
     cache: type of the KV cache.
@@ -82,9 +84,9 @@ def generations(engine: str) -> list[str]:
     return [g["name"] for g in _engine(engine)["generations"]]
 
 
-def generation_of(engine: str, measured: str = "", version: str = "") -> str:
-    """The generation of a run by its date (`2026-02-03`); no date is the newest. `version` is not needed
-    where there is a date: front ends number their releases themselves."""
+def generation_of(engine: str, measured: str = "") -> str:
+    """The generation of a run by its date (`2026-02-03`, as front ends number their releases themselves); no
+    date is the newest."""
     entry = _engine(engine)["generations"]
     if re.fullmatch(r"\d{4}-\d{2}-\d{2}", measured):
         started = [g["name"] for g in entry if str(g["since"]) <= measured]
@@ -92,7 +94,7 @@ def generation_of(engine: str, measured: str = "", version: str = "") -> str:
     return entry[-1]["name"]
 
 
-def load_software(engine: str, gpu: Gpu, precision: str, generation: str | None = None) -> Software:
+def load_software(engine: str, gpu: Gpu, precision: str, generation: str | None = None) -> Engine:
     """Constants of an engine on a GPU. Raises UserError for an unknown engine or generation."""
     names = generations(engine)
     name = names[-1] if generation is None else generation
@@ -103,9 +105,9 @@ def load_software(engine: str, gpu: Gpu, precision: str, generation: str | None 
     values: dict[str, Any] = {}
     for block in (_engine(engine)["common"], entry):
         for part in (block, block.get(kin, {}), block.get(kin, {}).get(precision, {})):
-            values |= {k: v for k, v in part.items() if k in Software.__dataclass_fields__}
+            values |= {k: v for k, v in part.items() if k in Engine.__dataclass_fields__}
     cache_type = values.pop("cache", "bf16")
-    return Software(
+    return Engine(
         engine=engine,
         generation=name,
         kernels=kernel_set(_engine(engine)["kernels"], kin),
@@ -148,6 +150,7 @@ def kernel_set(family: str, kin: str) -> KernelSet:
         all_reduce=LinkCurve(*entry["all_reduce"]),
         gather=LinkCurve(*_database()["links"][kin]),
         min_heads=entry["min_heads"],
+        narrow_attention=kin == "blackwell",
     )
 
 
@@ -156,16 +159,20 @@ def _kin(gpu: Gpu) -> tuple[str, tuple[str, ...]]:
     known = _database()["measured"]
     if gpu.name.lower() in known:
         return known[gpu.name.lower()], ()
-    architecture = gpu.architecture.lower()
-    kin = "blackwell" if "blackwell" in architecture else "hopper"
+    # Cards without NVLink have another chip than the accelerators of their architecture's name.
+    kin = "blackwell" if gpu.architecture == "blackwell" and gpu.scale_up is not None else "hopper"
     return kin, (f"{gpu.name}: kernel efficiencies of {kin.title()} with its own peaks and bandwidths",)
 
 
 def _reach(gpu: Gpu, kin: str) -> dict[str, float]:
-    """Share of peak that the GPU's best products reach, over that of the kin whose curves it takes."""
-    other = load_gpu({"blackwell": "b200", "hopper": "h200"}[kin])
-    common = gpu.reachable.keys() & other.reachable.keys()
-    return {p: min(1.0, gpu.reachable[p] / other.reachable[p]) for p in common}
+    """Share of peak that the GPU's best products reach, over that of the kin whose curves it takes; in
+    precisions that were not measured on both, what BF16's are."""
+    other = load_gpu({"blackwell": "b200", "hopper": "h200"}[kin]).reachable
+    alike = gpu.scale_up is not None and gpu.architecture == kin
+    usual = gpu.reachable.get("bf16", other["bf16"] if alike else _USUAL_REACH) / other["bf16"]
+    measured = gpu.reachable.keys() & other.keys()
+    ratios = {p: gpu.reachable[p] / other[p] if p in measured else usual for p in gpu.tflops}
+    return {p: min(1.0, ratio) for p, ratio in ratios.items()}
 
 
 def _engine(name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from whalepod.planner.serve_kernels import Array, Kernels, smooth_max
 from whalepod.planner.serve_layout import Worker
-from whalepod.planner.serve_software import Software
+from whalepod.planner.serve_software import Engine
 from whalepod.spec.hardware import Gpu
 from whalepod.spec.model import GQA, MLA, ModelSpec
 
@@ -76,7 +76,7 @@ class Step:
     spec: ModelSpec
     worker: Worker
     gpu: Gpu
-    software: Software
+    software: Engine
     precision: str
     domain: int
     traffic: Traffic = DEFAULT_TRAFFIC
@@ -110,7 +110,7 @@ class Step:
             layers = sum(time for name, time in parts.items() if name != "head")
             parts["drafts"] = drafts * (layers / self.spec.num_hidden_layers + parts["head"])
         if w.pp > 1:
-            parts["pipeline"] = (w.pp - 1) * self.kernels.send(2.0 * tokens * self.spec.hidden_size)
+            parts["pipeline"] = self._hand_on(tokens)
         s = self.software
         parts["host"] = 1e-6 * (s.step_us + s.request_us * per_rank)
         return parts
@@ -194,11 +194,16 @@ class Step:
         parts = {name: time * self.software.prefill_slowdown for name, time in parts.items()}
         parts["head"] = self._head(np.maximum(tokens / prompt, 1.0), np.maximum(total / prompt, 1.0))
         if self.worker.pp > 1:
-            parts["pipeline"] = (self.worker.pp - 1) * k.send(2.0 * tokens * spec.hidden_size)
+            parts["pipeline"] = self._hand_on(tokens)
         # Without graphs the host issues the layers; kernels longer than that hide it.
         issue = 1e-6 * self.software.prefill_layer_us * spec.num_hidden_layers
         parts["host"] = np.maximum(issue - sum(parts.values()), 0.0)
         return parts
+
+    def _hand_on(self, tokens: Array) -> Array:
+        """The hidden state through all pipeline stages."""
+        w = self.worker
+        return (w.pp - 1) * self.kernels.send(2.0 * tokens * self.spec.hidden_size, w.num_gpus > self.domain)
 
     # ------------------------------------------------------------------------------------------- pass
 
@@ -260,10 +265,9 @@ class Step:
         d = spec.hidden_size
         wire = _WIRE_BYTES[self.precision]
         if w.ep >= self.software.exchange_ranks:
-            args = (moe.num_experts_per_tok, w.ep)
             hot = self.traffic.hottest(w.ep, moe.n_routed_experts / w.ep)
-            out = k.exchange(tokens, d, *args, bytes_=wire, dedupe=not decode)
-            back = k.exchange(tokens, d, *args, bytes_=2.0, dedupe=not decode)
+            out = k.exchange(tokens, d, moe, w.ep, bytes_=wire, dedupe=not decode)
+            back = k.exchange(tokens, d, moe, w.ep, bytes_=2.0, dedupe=not decode)
             return (out + back) * np.sqrt(hot) * self.software.gather_slowdown
         out, back = k.gather(total * d * wire, w.dp, w.tp), k.gather(total * d * 2.0, w.dp, w.tp)
         return (out + back) * self.software.gather_slowdown

@@ -10,7 +10,7 @@ import numpy as np
 from whalepod.planner.serve_kernels import Array
 from whalepod.planner.serve_layout import Worker
 from whalepod.planner.serve_memory import ServeMemory, serve_memory
-from whalepod.planner.serve_software import Software
+from whalepod.planner.serve_software import Engine
 from whalepod.planner.serve_step import DEFAULT_TRAFFIC, Step, Traffic
 from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Cluster
@@ -90,7 +90,7 @@ class WorkerModel:
     spec: ModelSpec
     cluster: Cluster
     worker: Worker
-    software: Software
+    software: Engine
     precision: str
     work: Workload
     traffic: Traffic = DEFAULT_TRAFFIC
@@ -98,10 +98,8 @@ class WorkerModel:
 
     @cached_property
     def step(self) -> Step:
-        domain = max(1, min(self.cluster.domain, self.worker.stage_gpus))
-        return Step(
-            self.spec, self.worker, self.cluster.gpu, self.software, self.precision, domain, self.traffic
-        )
+        gpu, domain = self.cluster.gpu, self.cluster.domain
+        return Step(self.spec, self.worker, gpu, self.software, self.precision, domain, self.traffic)
 
     @cached_property
     def memory(self) -> ServeMemory:
