@@ -256,6 +256,7 @@ def test_plans_fit_are_ranked_and_say_what_limits_them():
     for plan in answer.plans:
         assert plan.memory_gib <= answer.job.limit_gib
         assert plan.memory_gib == pytest.approx(sum(plan.memory_by_category.values()))
+        assert plan.memory_allocated_gib < plan.memory_reserved_gib < plan.memory_gib
         assert plan.limited_by
         plan.layout.check_model(LITE, 4096)
     best = answer.plans[0]

@@ -50,6 +50,17 @@ class TrainingPlan:
         return max(self.memory_by_rank, key=lambda parts: sum(parts.values()))
 
     @property
+    def memory_allocated_gib(self) -> float:
+        """What the framework's allocator has given out at the peak, on the fullest rank."""
+        parts = self.memory_by_category
+        return self.memory_gib - parts["fragmentation"] - parts["overhead"]
+
+    @property
+    def memory_reserved_gib(self) -> float:
+        """What the allocator holds then."""
+        return self.memory_gib - self.memory_by_category["overhead"]
+
+    @property
     def usd_per_hour(self) -> float | None:
         return None if self.usd_per_gpu_hour is None else self.usd_per_gpu_hour * self.num_gpus
 

@@ -80,6 +80,8 @@ def plan_json(plan: TrainingPlan) -> dict[str, Any]:
         "mfu": plan.mfu,
         "step_s": step.seconds,
         "memory_gib": plan.memory_gib,
+        "memory_allocated_gib": plan.memory_allocated_gib,
+        "memory_reserved_gib": plan.memory_reserved_gib,
         "memory_by_category_gib": dict(plan.memory_by_category),
         "memory_by_rank_gib": [dict(parts) for parts in plan.memory_by_rank],
         "time_parts_s": {
