@@ -392,6 +392,15 @@ def test_a_row_is_told_only_its_columns():
     assert parse_row(row).predict()[0] == parse_row(other).predict()[0]
 
 
+@pytest.mark.parametrize(
+    ("note", "generation"),
+    [("rel 26.02", "26.02"), ("rel 26.04, new", "26.02"), ("rel 25.10", "25.09"), ("rel 24.01", "25.09")],
+)
+def test_a_release_without_constants_takes_the_last_before_it(note, generation):
+    row = dict(read_rows(PUBLISHED, COLUMNS)[0]) | {"note": note}
+    assert parse_row(row).software.name == f"megatron-{generation}"
+
+
 def test_generations_are_named():
     assert "megatron-26.02" in GENERATIONS
     with pytest.raises(UserError, match=r"did you mean 'megatron-26\.02'"):

@@ -195,6 +195,17 @@ GENERATIONS: Mapping[str, Software] = {
             schedules=("1f1b", "zbv", "dualpipev"),
             zero=(1,),
         ),
+        # The same in 2024, of DeepSeek-V2: BF16, zero-bubble pipelines, exchanges behind the shared expert.
+        _MEGATRON.with_(
+            name="deepseek-2024",
+            state=MEGATRON_STATE,
+            host_us=15.5,
+            graphed=(),
+            overlap=False,
+            behind_shared=True,
+            schedules=("1f1b", "zbv"),
+            zero=(1,),
+        ),
         # This project's runtime. No GPU has run it: the constants are those of PyTorch-native Automodel.
         _MEGATRON.with_(
             name="whalepod",

@@ -8,6 +8,7 @@ the row's own dispatcher, overlap, graphs and recomputation are all that the pre
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from whalepod.planner.candidates import RECOMPUTED, Candidates, objects
-from whalepod.planner.software import GRAPHED, LADDER, Software, load_software
+from whalepod.planner.software import GENERATIONS, GRAPHED, LADDER, Software, load_software
 from whalepod.planner.training import Step, TrainingTimes
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.hardware import Cluster, load_gpu
@@ -119,6 +120,8 @@ def parse_row(row: Mapping[str, str], rung: int | None = None) -> Row:
     schedule, stages = "1f1b", 1
     if row["vp"].lower().startswith("dualpipe"):
         schedule, stages = "dualpipev", 2
+    elif row["vp"].lower().startswith("zb"):
+        schedule, stages = "zbv", 2
     elif pp > 1 and (virtual := _integer(row, "vp", 1)) > 1:
         schedule, stages = "interleaved", virtual
     software = _software(row, gpu.name, rung)
@@ -175,6 +178,15 @@ def _known(row: Mapping[str, str], key: str, choices: Iterable[str]) -> None:
         raise UserError(f"unknown {key} {row[key][:40]!r}{nearest(row[key][:40], choices)}")
 
 
+def _release(note: str) -> str | None:
+    """Of `rel 26.04 ...` the newest release with constants that is not newer, else the oldest."""
+    named = re.search(r"rel (\d\d\.\d\d)", note)
+    if named is None:
+        return None
+    known = sorted(name.removeprefix("megatron-") for name in GENERATIONS if name.startswith("megatron-"))
+    return max((r for r in known if r <= named[1]), default=known[0])
+
+
 def _number(row: Mapping[str, str], key: str) -> float:
     try:
         value = float(row[key])
@@ -205,7 +217,7 @@ def _recomputed(text: str) -> frozenset[str]:
 
 def _software(row: Mapping[str, str], gpu: str, rung: int | None) -> Software:
     note, source = row["note"].lower(), row.get("src", "").lower()
-    release = next((r for r in ("26.02", "25.11", "25.09") if f"rel {r}" in note), None)
+    release = _release(note)
     if rung is not None:
         software = LADDER[min(rung, len(LADDER) - 1)]
     elif release:
@@ -215,7 +227,8 @@ def _software(row: Mapping[str, str], gpu: str, rung: int | None) -> Software:
     elif "simumax" in note or "simumax" in source:
         software = load_software("simumax")
     elif gpu == "H800":
-        software = load_software("deepseek")
+        # DeepSeek-V2's framework (arXiv 2405.04434, section 3.1.3) had no DualPipe yet.
+        software = load_software("deepseek-2024" if "v2" in row["model"].lower() else "deepseek")
     else:
         software = load_software("megatron-26.02")
     changes: dict[str, Any] = {}
