@@ -26,7 +26,6 @@ from whalepod.spec.schedule import RULES
 USABLE = 0.96
 """Of a device's memory: the rest is the driver's, and a step that is not like the others."""
 FINALISTS = 24
-PINS = ("pp", "tp", "cp", "ep", "dp_replicate", "dp_shard", "zero", "micro_batch", "schedule", "recompute")
 MICRO_BATCHES = (1, 2, 4, 8)
 SCHEDULES: Sequence[tuple[str, int]] = (
     *(("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("interleaved", 8)),

@@ -19,7 +19,6 @@ from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.hardware import Cluster, Gpu
 
 Dispatcher = Literal["all-to-all", "two_hop", "deepep", "hybridep"]
-Graphs = Literal["no", "partial", "full"]
 
 
 @dataclass(frozen=True)

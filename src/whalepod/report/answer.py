@@ -14,10 +14,11 @@ from rich.console import RenderableType
 
 from whalepod.planner.answers import TrainingAnswer
 from whalepod.planner.plan import plan_training
+from whalepod.planner.serve_plan import ServingAnswer, plan_serving
 from whalepod.report import planning, scaling
 from whalepod.report.planning_tables import training_view
 from whalepod.report.question import Question, check_top, parse_counts
-from whalepod.report.serving import ServingAnswer, plan_serving, serving_json
+from whalepod.report.serving import serving_json
 from whalepod.report.serving_tables import serving_view
 from whalepod.spec.errors import UserError
 

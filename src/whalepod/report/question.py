@@ -7,7 +7,6 @@ mistake is a UserError with one line. No torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import isfinite
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from whalepod.planner.search import SCHEDULES, TrainingJob, default_batch
+from whalepod.planner.serve_plan import ServingJob
 from whalepod.planner.serve_software import engine_names
 from whalepod.planner.serve_step import Traffic
 from whalepod.planner.software import load_software, usual_software
@@ -204,30 +204,6 @@ class Question:
             {axis: size for axis in ("tp", "pp", "ep") if (size := getattr(self, axis)) is not None},
             usual,
         )
-
-
-@dataclass(frozen=True)
-class ServingJob:
-    """What the planner is asked to serve on a cluster. concurrency None: each layout's best.
-
-    drafts: tokens that multi-token prediction speculates per step. pins: sizes that every worker must have.
-    usual: the limits are the usual ones, and fall where nothing keeps them.
-    """
-
-    spec: ModelSpec
-    cluster: Cluster
-    precision: str
-    engine: str
-    isl: int
-    osl: int
-    concurrency: float | None
-    ttft_limit_s: float | None
-    tpot_limit_s: float | None
-    modes: tuple[str, ...]
-    drafts: int
-    traffic: Traffic
-    pins: Mapping[str, int] = field(default_factory=dict)
-    usual: bool = False
 
 
 def check_name(flag: str, value: str, choices: tuple[str, ...]) -> None:

@@ -16,10 +16,10 @@ from rich.text import Text
 
 from whalepod.planner.advice import MAX_COUNT
 from whalepod.planner.scale import default_counts, scale_training
+from whalepod.planner.serve_plan import plan_serving
 from whalepod.report.planning import layout_json, layout_words, price_json
 from whalepod.report.planning_tables import NARROW, WIDE, dollars, notes, plain_table, price_words, three
 from whalepod.report.question import Question
-from whalepod.report.serving import plan_serving
 from whalepod.report.serving_tables import layout_words as serving_words
 from whalepod.spec.errors import UserError
 
