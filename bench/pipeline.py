@@ -45,7 +45,7 @@ from whalepod.models.transformer import Transformer
 from whalepod.parallel import pipeline, shm
 from whalepod.parallel.comm import Axis
 from whalepod.parallel.mesh import Groups, make_mesh
-from whalepod.parallel.parallelize import Parallel, parallelize
+from whalepod.parallel.parallelize import Parallel, parallelize, seeded
 from whalepod.report.schedule import COLOURS, MEANING, TITLES
 from whalepod.spec import layout as spec_layout
 from whalepod.spec.layout import Layout
@@ -152,7 +152,7 @@ def worker(rank: int, store: str, options: argparse.Namespace, path: str) -> Non
             with torch.device("meta"):
                 model = Transformer(spec)
             mesh = make_mesh(layout, torch.device("cpu"), groups)
-            parallel = parallelize(model, mesh, options.length, 0)
+            parallel = parallelize(model, mesh, options.length, seeded(model.spec, 0))
             parallel.train()
             generator = torch.Generator().manual_seed(1)
             shape = (layout.global_batch, options.length + 1)

@@ -37,7 +37,7 @@ from record import save
 from whalepod.models.transformer import Transformer
 from whalepod.parallel import shm
 from whalepod.parallel.mesh import Mesh, open_mesh
-from whalepod.parallel.parallelize import Parallel, parallelize
+from whalepod.parallel.parallelize import Parallel, parallelize, seeded
 from whalepod.parallel.predict import greedy
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
@@ -138,7 +138,7 @@ def live(job: Job, mesh: Mesh, peaks: Peaks | None = None) -> dict[str, Any]:
 
     with torch.device("meta"):
         whole = Transformer(job.spec)
-    parallel = parallelize(whole, mesh, LENGTH, SEED)
+    parallel = parallelize(whole, mesh, LENGTH, seeded(whole.spec, SEED))
     parallel.train()
     ended("build")
     weights = [*parallel.state.decayed, *parallel.state.plain]

@@ -26,7 +26,7 @@ from record import save
 
 from whalepod.models.transformer import Transformer, init_weights
 from whalepod.parallel.mesh import make_mesh
-from whalepod.parallel.parallelize import parallelize
+from whalepod.parallel.parallelize import parallelize, seeded
 from whalepod.spec.counts import train_flops
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec, to_config
@@ -43,7 +43,7 @@ def whalepod_arm(spec: ModelSpec) -> Step:
     mesh = make_mesh(Layout(micro_batch=BATCH, global_batch=BATCH), torch.device("cpu"))
     with torch.device("meta"):
         model = Transformer(spec)
-    parallel = parallelize(model, mesh, LENGTH, seed=0)
+    parallel = parallelize(model, mesh, LENGTH, seeded(model.spec, 0))
     parallel.train()
     state = parallel.state
     optimizer = torch.optim.AdamW([*state.decayed, *state.plain], lr=1e-4, fused=True)

@@ -24,7 +24,7 @@ from harness import run_ranks
 
 from whalepod.models.transformer import Transformer
 from whalepod.parallel.mesh import Mesh, make_mesh, open_world
-from whalepod.parallel.parallelize import parallelize
+from whalepod.parallel.parallelize import parallelize, seeded
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.presets import load_model_spec
@@ -196,7 +196,7 @@ def step(spec: ModelSpec, mesh: Mesh) -> Outcome:
     """One optimiser step of this rank, as the trainer makes it."""
     with torch.device("meta"):
         model = Transformer(spec)
-    p = parallelize(model, mesh, LENGTH, SEED)
+    p = parallelize(model, mesh, LENGTH, seeded(model.spec, SEED))
     p.train()
     set_balance_weight(p.routers, BALANCE, BATCH)
     extra = 1 + spec.num_nextn_predict_layers

@@ -21,7 +21,7 @@ from whalepod.models.transformer import Transformer
 from whalepod.parallel.comm import Axis
 from whalepod.parallel.context import context_attend, positions
 from whalepod.parallel.mesh import Mesh, make_mesh, open_world
-from whalepod.parallel.parallelize import parallelize
+from whalepod.parallel.parallelize import parallelize, seeded
 from whalepod.spec.layout import Layout, Recompute
 from whalepod.spec.model import MLA
 from whalepod.spec.presets import load_model_spec
@@ -131,7 +131,7 @@ def collectives(mesh: Mesh) -> tuple[Counter[str], Counter[tuple[str, str]], flo
     """Of a step's forward and backward pass: calls executed, calls counted, and the loss."""
     with torch.device("meta"):
         model = Transformer(SMALL)
-    p = parallelize(model, mesh, LENGTH, 3)
+    p = parallelize(model, mesh, LENGTH, seeded(model.spec, 3))
     p.train()
     rows = torch.randint(0, 256, (2, LENGTH + 2), generator=torch.Generator().manual_seed(1))
     before = Counter(mesh.traffic.calls)

@@ -17,7 +17,7 @@ from harness import run_ranks
 
 from whalepod.models.transformer import Transformer, init_weights
 from whalepod.parallel.mesh import Groups, make_mesh, open_world
-from whalepod.parallel.parallelize import parallelize
+from whalepod.parallel.parallelize import parallelize, seeded
 from whalepod.parallel.predict import greedy
 from whalepod.serve.generate import generate_ids
 from whalepod.serve.sampling import Sampling
@@ -62,7 +62,7 @@ def say(axes: dict[str, Any], groups: Groups | None = None) -> list[int]:
     mesh = make_mesh(layout, torch.device("cpu"), groups)
     with torch.device("meta"):
         model = Transformer(spec())
-    parallel = parallelize(model, mesh, parity.LENGTH, SEED)
+    parallel = parallelize(model, mesh, parity.LENGTH, seeded(model.spec, SEED))
     parallel.train()
     ids = greedy(parallel, PROMPT, COUNT)
     extra = 1 + parallel.spec.num_nextn_predict_layers

@@ -86,12 +86,12 @@ def test_masters_stay_fp32_and_compute_is_bf16(run_values) -> None:
     t = trainer(make_run(run_values))
     model = t.parallel.parts[0]
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert {w.tensor.dtype for w in t.state.weights().values()} == {torch.float32}
-    before = {k: v.tensor.clone() for k, v in t.state.weights().items()}
+    assert {w.tensor.dtype for w in t.parallel.state.weights().values()} == {torch.float32}
+    before = {k: v.tensor.clone() for k, v in t.parallel.state.weights().items()}
     t.step()
-    assert any(not torch.equal(before[k], v.tensor) for k, v in t.state.weights().items())
+    assert any(not torch.equal(before[k], v.tensor) for k, v in t.parallel.state.weights().items())
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, t.state.weights()[name].tensor.bfloat16())
+        assert torch.equal(parameter, t.parallel.state.weights()[name].tensor.bfloat16())
     for router in t.parallel.routers:
         assert router.load.dtype == torch.float32
 
@@ -125,15 +125,15 @@ def test_bias_balancing_evens_the_load(run_values) -> None:
 def test_nan_gradients_skip_the_step_and_stop_after_a_limit(run_values) -> None:
     t = trainer(make_run(run_values))
     # A NaN in one weight makes every loss NaN; the weights must stay as they are.
-    t.state.weights()["norm.weight"].tensor[0] = float("nan")
-    t.state.write_back()
-    before = {k: v.tensor.clone() for k, v in t.state.weights().items()}
+    t.parallel.state.weights()["norm.weight"].tensor[0] = float("nan")
+    t.parallel.state.write_back()
+    before = {k: v.tensor.clone() for k, v in t.parallel.state.weights().items()}
     for _ in range(9):
         t.step()
     with pytest.raises(UserError, match="10 steps in a row"):
         t.step()
     assert t.progress.skipped == 10
-    after = t.state.weights()
+    after = t.parallel.state.weights()
     assert all(torch.equal(before[k].nan_to_num(7), after[k].tensor.nan_to_num(7)) for k in before)
 
 

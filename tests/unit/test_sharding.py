@@ -18,7 +18,7 @@ from whalepod.models.transformer import Transformer, init_weights, initial_value
 from whalepod.parallel.comm import Axis
 from whalepod.parallel.context import context_attend, positions
 from whalepod.parallel.mesh import Mesh
-from whalepod.parallel.parallelize import Parallel, parallelize
+from whalepod.parallel.parallelize import Parallel, parallelize, seeded
 from whalepod.parallel.sharding import TABLE, Held, cut, shard_parameters
 from whalepod.parallel.stage import make_stages
 from whalepod.spec.layout import GROUPS, Layout
@@ -230,7 +230,7 @@ def test_tied_weights_stay_one() -> None:
 
 
 def spread(spec: ModelSpec, mesh: Mesh, seed: int) -> Parallel:
-    return parallelize(meta(spec), mesh, 32, seed)
+    return parallelize(meta(spec), mesh, 32, seeded(spec, seed))
 
 
 @pytest.mark.parametrize("name", MODELS)

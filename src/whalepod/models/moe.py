@@ -59,7 +59,7 @@ class Router(nn.Module):
         logits = F.linear(x_BSD.flatten(0, 1).float(), self.weight.float())
         scores_TE = logits.softmax(-1) if m.scoring_func == "softmax" else logits.sigmoid()
         with torch.no_grad():
-            ids_TK = self._select(scores_TE)
+            ids_TK = select_experts(m, scores_TE, self.e_score_correction_bias)
         weights_TK = scores_TE.gather(1, ids_TK)
         if m.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
@@ -79,18 +79,20 @@ class Router(nn.Module):
                 weights_TK = _AddLoss.apply(weights_TK, self.balance_weight * loss)
         return ids_TK, weights_TK
 
-    def _select(self, scores_TE: Tensor) -> Tensor:
-        m = self.config
-        # The bias steers the choice only; weights come from the unbiased scores.
-        bias = self.e_score_correction_bias
-        choice = scores_TE if bias is None else scores_TE + bias
-        if m.topk_method != "greedy" and m.n_group > 1:
-            grouped = choice.unflatten(-1, (m.n_group, -1))
-            best = grouped.topk(2, dim=-1).values.sum(-1) if m.selection_bias else grouped.amax(-1)
-            groups = best.topk(m.topk_group, dim=-1, sorted=False).indices
-            closed = torch.ones_like(best, dtype=torch.bool).scatter_(1, groups, False)
-            choice = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
-        return choice.topk(m.num_experts_per_tok, dim=-1, sorted=False).indices
+
+def select_experts(m: MoE, scores_TE: Tensor, bias_E: Tensor | None) -> Tensor:
+    """The K experts of each token [T, K]: the best, or the best of the best groups.
+
+    The bias steers the choice only; weights come from the unbiased scores.
+    """
+    choice = scores_TE if bias_E is None else scores_TE + bias_E
+    if m.topk_method != "greedy" and m.n_group > 1:
+        grouped = choice.unflatten(-1, (m.n_group, -1))
+        best = grouped.topk(2, dim=-1).values.sum(-1) if m.selection_bias else grouped.amax(-1)
+        groups = best.topk(m.topk_group, dim=-1, sorted=False).indices
+        closed = torch.ones_like(best, dtype=torch.bool).scatter_(1, groups, False)
+        choice = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
+    return choice.topk(m.num_experts_per_tok, dim=-1, sorted=False).indices
 
 
 def routers(model: nn.Module) -> list[Router]:

@@ -8,6 +8,7 @@ block, so that a rank never holds more than its share and one block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from whalepod.parallel.pipeline import Hidden, Pipeline
 from whalepod.parallel.recompute import apply_recompute
 from whalepod.parallel.replicated import Replicated
 from whalepod.parallel.sharded import Sharded
-from whalepod.parallel.sharding import Held, shard_parameters
+from whalepod.parallel.sharding import Box, Held, shard_parameters
 from whalepod.parallel.stage import Stage, make_stages, shared_parameters, tie_stages
 from whalepod.parallel.state import TrainingState, sum_in_buckets
 from whalepod.parallel.tensor import split_tensors
@@ -33,6 +34,8 @@ from whalepod.spec.schedule import RULES
 from whalepod.spec.stages import split_stages
 
 Part = Transformer  # a whole model, or a Stage of one
+Initial = Callable[[str, Box], Tensor]
+"""The first value of a parameter, by its name and the part of it that this rank holds; float32."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -88,10 +91,7 @@ class Parallel:
             sums = torch.zeros(1 + depths, device=rows.device)
             micro_batches = rows.split(self.mesh.layout.micro_batch)
             for index, micro in enumerate(micro_batches):
-                losses = self._losses(self.batch(micro))
-                self.state.before_backward(index == len(micro_batches) - 1)
-                (losses @ weights).backward()
-                sums += losses.detach()
+                sums += self._micro_batch(index, micro, weights, index == len(micro_batches) - 1)
         self.state.finish_gradients()
         if self.copies:
             copies = [g for name, g, _ in self.state.gradients() if name in self.copies]
@@ -148,6 +148,13 @@ class Parallel:
             return frozenset()
         return frozenset(shared_parameters(self.spec))
 
+    def _micro_batch(self, _index: int, rows: Tensor, weights: Tensor, is_last: bool) -> Tensor:
+        """One of a step's forward and backward passes; the summed losses."""
+        losses = self._losses(self.batch(rows))
+        self.state.before_backward(is_last)
+        (losses @ weights).backward()
+        return losses.detach()
+
     def _losses(self, batch: Batch) -> Tensor:
         """Summed losses [1 + MTP depths] of a whole model."""
         losses: Losses = self.parts[0](*batch, self.attend)
@@ -170,12 +177,20 @@ class Parallel:
         return self._pipelines[length]
 
 
-def parallelize(model: Transformer, mesh: Mesh, sequence_length: int, seed: int | None = None) -> Parallel:
+def seeded(spec: ModelSpec, seed: int) -> Initial:
+    """The initial values that depend on names and `seed` alone, under every layout the same."""
+    return lambda name, box: initial_value(name, box.whole, spec, seed, box.slices)
+
+
+def parallelize(
+    model: Transformer, mesh: Mesh, sequence_length: int, initial: Initial | None = None
+) -> Parallel:
     """Spreads `model` by the mesh's layout. It must not be used on its own afterwards.
 
     The layout must fit the model (`Layout.check_model`) and sequences of `sequence_length`, for which
-    pipeline stages are balanced. With `seed`, a model on the meta device is materialised with its
-    initial values; without, its parameters are taken as they are.
+    pipeline stages are balanced. With `initial`, a model on the meta device is materialised with the values
+    that it returns for each parameter's name and this rank's part of it; without, parameters are taken as
+    they are.
     """
     layout = mesh.layout
     parts: list[Part] = [model]
@@ -190,8 +205,8 @@ def parallelize(model: Transformer, mesh: Mesh, sequence_length: int, seed: int 
         apply_recompute(part, layout.recompute, mesh.traffic)
 
     def fill(module: nn.Module, path: str) -> None:
-        if seed is not None:
-            _fill(module, path, held, model.spec, seed, mesh.device)
+        if initial is not None:
+            _fill(module, path, held, initial, mesh.device)
 
     dtype, state = DTYPES[layout.precision], None
     if layout.fsdp > 1:
@@ -218,7 +233,7 @@ def _spread_experts(part: nn.Module, mesh: Mesh) -> None:
 
 @torch.no_grad()
 def _fill(
-    module: nn.Module, path: str, held: dict[str, Held], spec: ModelSpec, seed: int, device: torch.device
+    module: nn.Module, path: str, held: dict[str, Held], initial: Initial, device: torch.device
 ) -> None:
     """Gives what is still on the meta device memory and initial values; what was shared stays shared.
 
@@ -232,9 +247,7 @@ def _fill(
                 continue
             if id(parameter) not in made:
                 name = f"{below}.{key}".lstrip(".")
-                box = held[name].box
-                value = initial_value(name, box.whole, spec, seed, box.slices)
-                made[id(parameter)] = nn.Parameter(value.to(device))
+                made[id(parameter)] = nn.Parameter(initial(name, held[name].box).to(device))
             owner._parameters[key] = made[id(parameter)]
         for key, buffer in list(owner._buffers.items()):
             if buffer is not None and buffer.is_meta:

@@ -129,8 +129,8 @@ class Pipeline:
     def _weigh(self, losses: Tensor, _target: Tensor) -> Tensor:
         return (losses * self._weights).sum()
 
-    def _wrapped(self, on_backward: Callable[[Stage], None] = lambda stage: None) -> list[_TorchStage]:
-        wrapped = [_TorchStage(s, self._pp, self._hidden, self._device, on_backward) for s in self._stages]
+    def _wrapped(self, on_backward: Callable[[Stage], None] = lambda stage: None) -> list[TorchStage]:
+        wrapped = [TorchStage(s, self._pp, self._hidden, self._device, on_backward) for s in self._stages]
         for stage in wrapped:
             stage.stage_index_to_group_rank = _homes(self._name, stage.num_stages, self._pp.size)
         return wrapped
@@ -140,7 +140,7 @@ def _homes(schedule: str, num_stages: int, pp: int) -> dict[int, int]:
     return {stage: rank_of_stage(schedule, stage, pp) for stage in range(num_stages)}
 
 
-class _TorchStage(PipelineStage):
+class TorchStage(PipelineStage):
     """torch's stage with fixed shapes, counted messages, short-lived buffers and `on_backward`."""
 
     def __init__(
@@ -261,7 +261,7 @@ class _ForwardOnly(_PipelineScheduleRuntime):
     """Every micro-batch through a rank's first stage, then through its second: torch has no such schedule
     for a V, and none that would take any number of micro-batches."""
 
-    def __init__(self, stages: list[_TorchStage], name: str, num_micro_batches: int) -> None:
+    def __init__(self, stages: list[TorchStage], name: str, num_micro_batches: int) -> None:
         super().__init__(stages, num_micro_batches)
         homes = _homes(name, self._num_stages, self.pp_group_size)
         self.stage_index_to_group_rank = homes

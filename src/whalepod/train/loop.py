@@ -12,18 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whalepod.models.transformer import Transformer
 from whalepod.parallel import checkpoint
 from whalepod.parallel.checkpoint import Progress
 from whalepod.parallel.mesh import Mesh, local_device, open_mesh
-from whalepod.parallel.parallelize import Parallel, parallelize
-from whalepod.parallel.state import TrainingState
+from whalepod.parallel.parallelize import seeded
 from whalepod.spec.counts import train_flops
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.run import RunConfig
-from whalepod.train.balance import Load, balance_step, set_balance_weight
+from whalepod.train.balance import Load
 from whalepod.train.data import PackedTokens, TokenFiles, validation_batches
 from whalepod.train.metrics import (
     GIB,
@@ -33,6 +31,7 @@ from whalepod.train.metrics import (
     peak_memory_gib,
 )
 from whalepod.train.schedule import learning_rate
+from whalepod.train.step import TrainStep
 
 MAX_SKIPPED_IN_A_ROW = 10
 WARMUP_TIMED_STEPS = 2
@@ -69,13 +68,8 @@ class Trainer:
         self.extra = 1 + spec.num_nextn_predict_layers
         self.data = PackedTokens(files.train.path, length, config.train.seed, self.extra)
         self._files = files
-        with torch.device("meta"):
-            model = Transformer(spec)
-        self.parallel: Parallel = parallelize(model, mesh, config.data.sequence_length, config.train.seed)
-        self.parallel.train()
-        self.state: TrainingState = self.parallel.state
-        self.optimizer = _adamw(self.state, config)
-        set_balance_weight(self.parallel.routers, config.loss.sequence_balance, self.layout.global_batch)
+        self.work = TrainStep(config, spec, mesh, seeded(spec, config.train.seed))
+        self.parallel, self.optimizer = self.work.parallel, self.work.optimizer
 
     @property
     def _sequences_seen(self) -> int:
@@ -100,23 +94,15 @@ class Trainer:
 
     def step(self) -> tuple[Tensor, Tensor, float]:
         """One optimiser step. Returns the global sums of main and MTP loss per token, and the norm."""
-        config, layout, dp = self.config, self.layout, self.mesh["dp"]
+        config, dp = self.config, self.mesh["dp"]
         rows = torch.from_numpy(
-            self.data.batch_at(self._sequences_seen, layout.global_batch, dp.rank, dp.size)
+            self.data.batch_at(self._sequences_seen, self.layout.global_batch, dp.rank, dp.size)
         ).to(self.mesh.device)
-        tokens_in_step = layout.global_batch * config.data.sequence_length
-        sums = self.parallel.backward(rows, tokens_in_step, config.loss.mtp_weight)
-        norm = float(self.parallel.clip(config.optimizer.clip_norm))
-        sums = self.parallel.total(sums)
+        rate = learning_rate(self.progress.step, config.train.steps, config.optimizer, config.schedule)
+        losses, norm = self.work.step(rows, rate)
         if math.isfinite(norm):
-            rate = learning_rate(self.progress.step, config.train.steps, config.optimizer, config.schedule)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            self.state.write_back()
             self._skipped_in_a_row = 0
         else:
-            # A NaN or infinity anywhere makes the norm so: the weights stay as they were.
             self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
             self._skipped_in_a_row += 1
             if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
@@ -125,7 +111,7 @@ class Trainer:
                     "infinite gradients; a lower optimizer.learning_rate or a longer "
                     "schedule.warmup_steps may help"
                 )
-        return sums[0], sums[1], norm
+        return losses[0], losses[1], norm
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
@@ -160,7 +146,7 @@ class Trainer:
         axis.barrier()
         mine = measure_peak_flops(self.mesh.device, dtype)
         peak = sum(row[0] for row in axis.all_gather_floats([mine]))
-        tokens_in_step = self.layout.global_batch * config.data.sequence_length
+        tokens_in_step = self.work.tokens
         flops = train_flops(
             self.spec, config.data.sequence_length, mtp=self.spec.num_nextn_predict_layers > 0
         ).total
@@ -175,9 +161,7 @@ class Trainer:
             while self.progress.step < end:
                 start = time.perf_counter()
                 main, mtp, norm = self.step()
-                # The loads of a step that was skipped say nothing either.
-                speed = config.loss.bias_update_speed if math.isfinite(norm) else 0.0
-                load: Load | None = balance_step(self.parallel.routers, speed, self.mesh)
+                load: Load | None = self.work.balance(norm)
                 loss = main.item()
                 seconds = time.perf_counter() - start
                 timed.append(seconds)
@@ -249,15 +233,6 @@ def run_rank(config: RunConfig, files: TokenFiles, until: int | None, quiet: boo
         trainer = Trainer(config, config.model_spec(), files, mesh)
         trainer.restore()
         return trainer.run(until, quiet)
-
-
-def _adamw(state: TrainingState, config: RunConfig) -> torch.optim.Optimizer:
-    o = config.optimizer
-    groups = [
-        {"params": state.decayed, "weight_decay": o.weight_decay},
-        {"params": state.plain, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
 
 
 def _due(step: int, every: int) -> bool:

@@ -37,7 +37,7 @@ class Flat(Exchange):
         send.scatter_add_(0, rank_of_pick, torch.ones_like(rank_of_pick))
         one_each = [1] * self.ep.size
         receive = wait(self.ep.start_all_to_all(send, one_each, one_each))
-        return FlatSplits(*torch.stack([send, receive]).tolist())
+        return FlatSplits(*self.known(send, receive))
 
     def route(self, ids_TK: Tensor, num_local: int) -> Route:
         splits = self.splits(ids_TK, num_local)

@@ -58,8 +58,7 @@ class TwoHop(Exchange):
         heard = wait(self.rail.start_all_to_all(told, [1] * nodes, [1] * nodes))
         node_told = heard[:, 1:].sum(0).view(2, places).T.contiguous()  # rows and picks, to each place
         node_heard = wait(self.node.start_all_to_all(node_told, [1] * places, [1] * places))
-        flat = torch.cat([rail_send, heard[:, 0], node_told[:, 0], node_heard[:, 0], node_heard[:, 1]])
-        lists = [part.tolist() for part in flat.cpu().split([nodes, nodes, places, places, places])]
+        lists = self.known(rail_send, heard[:, 0], node_told[:, 0], node_heard[:, 0], node_heard[:, 1])
         return TwoHopSplits(*lists[:4], picks=sum(lists[4]))
 
     def route(self, ids_TK: Tensor, num_local: int) -> Route:

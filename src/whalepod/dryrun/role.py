@@ -1,0 +1,275 @@
+"""One rank's training step, run on fake tensors and counted: memory, FLOPs, collectives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+from whalepod.dryrun.norms import fuse_norms
+from whalepod.dryrun.routing import draw_picks, settle
+from whalepod.dryrun.world import answers, pretend, replaced
+from whalepod.parallel.comm import Axis, Traffic
+from whalepod.parallel.ledger import Ledger
+from whalepod.parallel.parallelize import Parallel
+from whalepod.parallel.pipeline import TorchStage
+from whalepod.parallel.replicated import Replicated
+from whalepod.parallel.stage import Stage
+from whalepod.planner.in_flight import representative
+from whalepod.spec.layout import Layout
+from whalepod.spec.model import ModelSpec
+from whalepod.spec.run import RunConfig
+from whalepod.spec.schedule import RULES
+from whalepod.train.step import TrainStep
+
+MIDDLE = 1
+"""The micro-batch that is neither the first nor the last."""
+GRAIN_SHARE = 1 / 2000
+"""Of the memory held between steps, what a change must be to be drawn."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter as this rank holds it: elements here, in the whole model, and its part of the module tree."""
+
+    name: str
+    local: int
+    whole: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one rank does in a step. calls, bytes: of collectives by (axis, operation); flops: by module kind."""
+
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    flops: Counter[str] = field(default_factory=Counter)
+    flops_uncut: int = 0
+    by_module: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Bytes by (axis, kind of module)."""
+
+    def more(self, times: int, others: Counts) -> Counts:
+        """These and so many times the others."""
+
+        def add(a: Counter[Any], b: Counter[Any]) -> Counter[Any]:
+            return Counter({key: a[key] + times * b[key] for key in {**a, **b}})
+
+        return Counts(
+            add(self.calls, others.calls),
+            add(self.bytes, others.bytes),
+            add(self.flops, others.flops),
+            self.flops_uncut + times * others.flops_uncut,
+            add(self.by_module, others.by_module),
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A counted step. peak: bytes of tensors at the fullest moment, by category; where that was.
+
+    state: bytes by category before the step. timeline: (share of the step's operations, bytes by category).
+    """
+
+    rank: int
+    stages: tuple[str, ...]
+    parameters: int
+    peak: int
+    categories: dict[str, int]
+    peak_at: str
+    state: dict[str, int]
+    counts: Counts
+    timeline: tuple[tuple[float, dict[str, int]], ...]
+    held: tuple[Held, ...]
+    operations: int
+
+
+def measure(
+    config: RunConfig,
+    spec: ModelSpec,
+    rank: int,
+    *,
+    on_gpu: bool = True,
+    imbalance: float = 1.0,
+    plainly: bool = False,
+) -> Measured:
+    """Runs the job's training step as rank `rank` and counts.
+
+    on_gpu: norms keep what they keep on CUDA. plainly: all micro-batches run; else as many as show all that a
+    step does, and the counts of one in its middle stand for those left out.
+    """
+    layout = config.make_layout()
+    whole = layout.accumulation_steps
+    run = whole if plainly else enough(layout)
+    batch = run * layout.micro_batch * layout.num_replicas
+    short = config.model_copy(update={"layout": config.layout.model_copy(update={"global_batch": batch})})
+    with pretend(short.make_layout(), rank) as mesh:
+        work = TrainStep(short, spec, mesh, lambda name, box: torch.empty(box.shape))
+        parts = work.parallel.parts
+        if on_gpu:
+            for part in parts:
+                fuse_norms(part)
+        if spec.moe is not None:
+            settle(parts, partial(draw_picks, spec.moe, ep=layout.ep, imbalance=imbalance))
+        ledger = Ledger([(name, m) for part in parts for name, m in part.named_modules()])
+        answers(ledger)
+        with ledger:  # once, so that moments are there
+            _make_moments(work)
+        state = _hold_state(ledger, work)
+        ledger.begin(grain=int(ledger.total * GRAIN_SHARE))
+        tally = _Tally(mesh.traffic, ledger)
+        length = config.data.sequence_length + 1 + spec.num_nextn_predict_layers
+        rows = torch.zeros(run * layout.micro_batch, length, dtype=torch.int64)
+        with ledger, tally, _follow_shards(ledger):
+            _, norm = work.step(rows, 1e-4)
+            work.balance(norm)
+        pieces = work.state.weights()
+        held = tuple(Held(n, p.tensor.numel(), prod(p.box.whole)) for n, p in pieces.items())
+        return Measured(
+            rank=rank,
+            stages=tuple(_stage_name(part) for part in parts),
+            parameters=sum(h.local for h in held),
+            peak=ledger.peak.bytes,
+            categories={k: v for k, v in ledger.peak.categories.items() if v},
+            peak_at=ledger.peak.where,
+            state=state,
+            counts=tally.now().more(whole - run, tally.middle),
+            timeline=tuple((at / max(ledger.operations, 1), now) for at, now in ledger.timeline),
+            held=held,
+            operations=ledger.operations,
+        )
+
+
+def enough(layout: Layout) -> int:
+    """Micro-batches of a step after which more of them change nothing but the counts."""
+    needed = max(MIDDLE + 2, representative(layout.schedule, layout.pp, layout.accumulation_steps))
+    while layout.pp > 1 and not RULES[layout.schedule].accepts(layout.pp, needed):
+        needed += 1
+    return min(needed, layout.accumulation_steps)
+
+
+def _make_moments(work: TrainStep) -> None:
+    """The optimiser makes its moments in its first step."""
+    weights = [*work.state.decayed, *work.state.plain]
+    before = [w.grad for w in weights]
+    for w in weights:
+        w.grad = torch.empty_like(w)
+    work.optimizer.step()
+    for w, grad in zip(weights, before, strict=True):
+        w.grad = grad
+
+
+def _hold_state(ledger: Ledger, work: TrainStep) -> dict[str, int]:
+    """What lies there between steps, by category."""
+    weights = [*work.state.decayed, *work.state.plain]
+    for part in work.parallel.parts:
+        ledger.hold([*part.parameters(), *part.buffers()], "weights")
+    ledger.hold(weights, "optimizer")  # masters, of which weights are made
+    moments = [t for values in work.optimizer.state.values() for t in values.values()]
+    ledger.hold([t for t in moments if isinstance(t, Tensor)], "optimizer")
+    if isinstance(work.state, Replicated):
+        ledger.hold([w.grad for w in weights if w.grad is not None], "gradients")
+    return {k: v for k, v in ledger.live.items() if v}
+
+
+@contextmanager
+def _follow_shards(ledger: Ledger) -> Iterator[None]:
+    """FSDP2's buffers by their purpose: weights on their way, gradients before and after they are summed."""
+
+    def tagged(function: Callable[..., Any], category: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with ledger.tagged(category):
+                return function(*args, **kwargs)
+
+        return call
+
+    def scattering(self: Axis, out: Tensor, tensor: Tensor, *more: Any) -> Any:
+        ledger.hold([out], "gradients")
+        return scatter(self, out, tensor, *more)
+
+    scatter = Axis.reduce_scatter_into
+    with ExitStack() as stack:
+        stack.enter_context(replaced(Axis, "reduce_scatter_into", scattering))
+        for owner, name, category in (
+            (_fsdp_param_group, "foreach_all_gather", "gathered"),
+            (_fsdp_param_group, "foreach_all_gather_copy_out", "gathered"),
+            (_fsdp_param_group, "foreach_reduce", "gathered"),
+            (FSDPParam, "to_accumulated_grad_if_needed", "gradients"),
+        ):
+            stack.enter_context(replaced(owner, name, tagged(getattr(owner, name), category)))
+        yield
+
+
+class _Tally:
+    """Counts of everything, and of one micro-batch in the middle of the step, by itself."""
+
+    def __init__(self, traffic: Traffic, ledger: Ledger) -> None:
+        self.middle = Counts()
+        self._by_module: Counter[tuple[str, str]] = Counter()
+        self._traffic, self._ledger = traffic, ledger
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Tally:
+        self._stack.enter_context(replaced(self._traffic, "add", self._noted(self._traffic.add)))
+        for owner, names in _PASSES:
+            for name in names:
+                self._stack.enter_context(replaced(owner, name, self._split(getattr(owner, name))))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def now(self) -> Counts:
+        t, ledger = self._traffic, self._ledger
+        copies = (Counter(x) for x in (t.calls, t.bytes, ledger.flops))
+        return Counts(*copies, ledger.flops_uncut, Counter(self._by_module))
+
+    def _noted(self, add: Callable[..., None]) -> Callable[..., None]:
+        def noted(axis: str, op: str, tensor: Tensor) -> None:
+            add(axis, op, tensor)
+            if not self._traffic.paused:
+                self._by_module[axis, self._ledger.module] += tensor.numel() * tensor.element_size()
+
+        return noted
+
+    def _split(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(owner: Any, index: int, *args: Any, **kwargs: Any) -> Any:
+            if index != MIDDLE:
+                return method(owner, index, *args, **kwargs)
+            before = self.now()
+            out = method(owner, index, *args, **kwargs)
+            self.middle = self.middle.more(1, self.now().more(-1, before))
+            return out
+
+        return counted
+
+
+_PASSES: tuple[tuple[type, tuple[str, ...]], ...] = (
+    (Parallel, ("_micro_batch",)),
+    (
+        TorchStage,
+        (
+            *("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"),
+            *("get_fwd_send_ops", "get_bwd_send_ops"),
+        ),
+    ),
+)
+"""Methods that work on one micro-batch of a step, whose number is their first argument."""
+
+
+def _stage_name(part: Any) -> str:
+    if not isinstance(part, Stage):
+        return "whole model"
+    layers = [int(name) for name in part.layers]  # type: ignore[union-attr]
+    names = ["embedding"] if part.is_first else []
+    names += [f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"] if layers else []
+    names += ["head" + (" and MTP" if len(part.mtp) else "")] if part.is_last else []
+    return ", ".join(names)

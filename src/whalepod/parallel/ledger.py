@@ -1,0 +1,294 @@
+"""Counts what a program allocates and computes, on real tensors and on fake ones alike.
+
+`with Ledger() as ledger:` sees every operation below autograd. Of each new storage it notes the bytes and the
+category, and through a weak reference the moment at which it goes; of each matrix product the FLOPs. Modules
+are followed through their hooks, and into the backward pass by autograd's sequence numbers, so that the peak
+and the FLOPs have a place in the model.
+
+What a kernel takes inside for its own purposes is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from whalepod.models.attention import Attention
+from whalepod.models.mlp import SwiGLU
+from whalepod.models.moe import GroupedExperts, Router
+
+_aten = torch.ops.aten
+_SILENT = frozenset({torch.ops.prim.device.default, _aten.detach.default, _aten.view.default, _aten.t.default})
+"""Operations that make no storage and compute nothing, and come by the thousand."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The fullest moment: bytes by category, and where the program was."""
+
+    bytes: int = 0
+    categories: dict[str, int] = field(default_factory=dict)
+    where: str = "start"
+
+    def __str__(self) -> str:
+        return self.where
+
+
+class Ledger(TorchDispatchMode):
+    """Counts while it is entered; it may be entered again and goes on.
+
+    modules: whose calls are followed, by path ("" is a root). Memory that is there already is taken in with
+    `hold`. `live`: bytes alive now, by category. `timeline`: (operation's number, bytes by category) at every
+    change of at least `grain` bytes, once `begin` has been called. `flops`: by module kind (`kind_of`), causal attention at the half that it
+    computes; `flops_uncut`: the same with attention counted whole, as torch's FlopCounterMode does.
+    """
+
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]] = ()) -> None:
+        super().__init__()
+        followed = [*modules]
+        self._modules = {id(module): name for name, module in followed}
+        self._kinds = {id(m): kind for name, m in followed if (kind := kind_of(name, m)) is not None}
+        self._alive: dict[int, tuple[int, str, Any]] = {}
+        self.live: Counter[str] = Counter()
+        self.total = 0
+        self.peak = Peak()
+        self.flops: Counter[str] = Counter()
+        self.flops_uncut = 0
+        self.timeline: list[tuple[int, dict[str, int]]] = []
+        self.operations = 0
+        self.handlers: dict[Any, Callable[..., Any]] = {}
+        self._grain, self._last = 1 << 62, 0
+        self._tags: list[str] = []
+        self._stack: list[int] = []
+        self._marks: list[int] = []  # autograd sequence numbers at which ...
+        self._places: list[tuple[int, ...]] = []  # ... the stack of modules changed to this
+        self._hooks = ExitStack()
+
+    # ----------------------------------------------------------------------------------- in and out
+
+    def __enter__(self) -> Ledger:
+        hooks = nn.modules.module
+        before = hooks.register_module_forward_pre_hook(self._enter)
+        after = hooks.register_module_forward_hook(self._leave, always_call=True)
+        self._hooks.callback(before.remove)
+        self._hooks.callback(after.remove)
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: Any, size: int) -> Any:
+            # FSDP2 empties and refills storages in place; no operation is dispatched for it.
+            out = resize(storage, size)
+            self._resized(storage)
+            return out
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]
+        self._hooks.callback(lambda: setattr(torch.UntypedStorage, "resize_", resize))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._hooks.close()
+
+    def begin(self, grain: int = 1 << 62) -> None:
+        """Forgets peak, FLOPs and timeline so far, and keeps what is held; draws changes of `grain` bytes."""
+        self.peak = Peak(self.total, dict(self.live))
+        self.flops.clear()
+        self.flops_uncut = self.operations = 0
+        self.timeline = [(0, dict(self.live))]
+        self._grain, self._last = max(grain, 1), self.total
+
+    @contextmanager
+    def tagged(self, category: str) -> Iterator[None]:
+        """What is allocated meanwhile belongs to `category`."""
+        self._tags.append(category)
+        try:
+            yield
+        finally:
+            self._tags.pop()
+
+    def hold(self, tensors: Iterable[Tensor], category: str) -> None:
+        """Takes in memory that was there before, or moves what is known into `category`."""
+        for tensor in tensors:
+            storage = _local(tensor).untyped_storage()
+            key = storage._cdata
+            if key in self._alive:
+                size, old, reference = self._alive[key]
+                self._alive[key] = (size, category, reference)
+                self.live[old] -= size
+                self.live[category] += size
+            else:
+                self._add(storage, category)
+
+    # ------------------------------------------------------------------------------------ operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it comes again, for what this rank has
+        handler = self.handlers.get(func)
+        out = (handler or func)(*args, **(kwargs or {}))
+        if func in _SILENT:
+            return out
+        self.operations += 1
+        if isinstance(out, Tensor):
+            self._note(out)
+        elif isinstance(out, list | tuple):
+            for each in out:
+                if isinstance(each, Tensor):
+                    self._note(each)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self._count(func, count, args, kwargs or {}, out)
+        return out
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._alive:
+            self._add(storage, self._category())
+
+    def _category(self) -> str:
+        if self._tags:
+            return self._tags[-1]
+        return "activations" if torch._C._current_autograd_node() is None else "working"
+
+    def _add(self, storage: Any, category: str) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._alive[key] = (size, category, weakref.ref(storage, lambda _: self._gone(key)))
+        self._change(category, size)
+
+    def _gone(self, key: int) -> None:
+        size, category, _ = self._alive.pop(key)
+        self._change(category, -size)
+
+    def _resized(self, storage: Any) -> None:
+        key = storage._cdata
+        if key not in self._alive:
+            self._add(storage, "gathered")
+            return
+        size, category, reference = self._alive[key]
+        self._alive[key] = (storage.nbytes(), category, reference)
+        self._change(category, storage.nbytes() - size)
+
+    def _change(self, category: str, size: int) -> None:
+        self.live[category] += size
+        self.total += size
+        if self.total > self.peak.bytes:
+            self.peak = Peak(self.total, dict(self.live), self.where)
+        if abs(self.total - self._last) >= self._grain:
+            self.timeline.append((self.operations, dict(self.live)))
+            self._last = self.total
+
+    # --------------------------------------------------------------------------------------- places
+
+    def _enter(self, module: nn.Module, _args: Any) -> None:
+        if id(module) in self._modules:
+            self._stack.append(id(module))
+            self._mark()
+
+    def _leave(self, module: nn.Module, _args: Any, _out: Any) -> None:
+        if self._stack and self._stack[-1] == id(module):
+            self._stack.pop()
+            self._mark()
+
+    def _mark(self) -> None:
+        self._marks.append(torch.autograd._get_sequence_nr())
+        self._places.append(tuple(self._stack))
+
+    def _modules_now(self) -> tuple[int, ...]:
+        """Outermost first; in the backward pass those whose forward pass made the running node."""
+        if self._stack:
+            return tuple(self._stack)
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return ()
+        index = bisect_right(self._marks, node._sequence_nr()) - 1
+        return self._places[index] if 0 <= index else ()
+
+    @property
+    def where(self) -> str:
+        """The innermost module and the direction, such as `layers.3.mlp.experts, backward`."""
+        backward = torch._C._current_autograd_node() is not None
+        names = [self._modules[key] for key in self._modules_now()]
+        direction = "backward" if backward else "forward" if names else "between passes"
+        return f"{names[-1] or 'model'}, {direction}" if names else direction
+
+    @property
+    def module(self) -> str:
+        """The innermost module's path without its number, such as `layers.mlp.experts`."""
+        names = [self._modules[key] for key in self._modules_now()]
+        return ".".join(p for p in names[-1].split(".") if not p.isdigit()) if names else ""
+
+    def _count(self, func: Any, count: Callable[..., int], args: Any, kwargs: Any, out: Any) -> None:
+        flops = count(*args, **kwargs, out_val=out)
+        self.flops_uncut += flops
+        if func._overloadpacket in _CAUSAL_AT:
+            kind = "attention core"
+            place = _CAUSAL_AT[func._overloadpacket]
+            if kwargs.get("is_causal", args[place] if len(args) > place else False):
+                length = args[0 if place == 4 else 1].shape[-2]
+                flops = flops * (length + 1) // (2 * length)
+        else:
+            found = (self._kinds[key] for key in reversed(self._modules_now()) if key in self._kinds)
+            kind = next(found, "head")
+        self.flops[kind] += flops
+
+
+def kind_of(name: str, module: nn.Module) -> str | None:
+    """What a module's matrix products are for; None leaves it to the module around."""
+    if isinstance(module, Attention):
+        return "attention"
+    if isinstance(module, GroupedExperts):
+        return "experts"
+    if isinstance(module, Router):
+        return "router"
+    if isinstance(module, SwiGLU):
+        return "shared experts" if name.endswith("shared_experts") else "dense"
+    return "mtp" if name.endswith("eh_proj") else None
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# What torch's own table of FLOPs leaves out; FlopCounterMode counts them too from here on.
+@register_flop_formula(_aten._grouped_mm)
+def _grouped_flops(a_shape: Any, b_shape: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any) -> int:
+    """Rows x inner x columns: padding rows are computed like any other."""
+    if len(b_shape) == 3:  # [N, inner] x [E, inner, columns]
+        return 2 * a_shape[0] * a_shape[1] * b_shape[2]
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]  # weights' gradient: [rows, N] x [N, columns]
+
+
+@register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)
+def _attention_flops(q: Any, k: Any, v: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+@register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _attention_backward_flops(
+    grad: Any, q: Any, k: Any, v: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+_CAUSAL_AT = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: 4,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: 7,
+    _aten._scaled_dot_product_flash_attention: 4,
+    _aten._scaled_dot_product_flash_attention_backward: 11,
+}
+"""Where `is_causal` stands among the arguments."""
