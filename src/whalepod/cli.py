@@ -181,6 +181,50 @@ def plan(
 
 
 @app.command()
+def dryrun(
+    config: Annotated[Path, typer.Argument(help="A run.yaml, such as `whalepod plan --emit` writes.")],
+    gpus: Annotated[str, typer.Option(help="A count and a name, like 2048xH800.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, e.g. layout.zero=1", show_default=False)
+    ] = None,
+    rank: Annotated[int | None, _option("Only this rank.")] = None,
+    roles: Annotated[str, typer.Option(help="all pipeline ranks, their ends, or the first.")] = "all",
+    imbalance: ImbalanceOption = None,
+    gpus_per_node: GpusPerNodeOption = None,
+    picture: Annotated[Path | None, _option("Write memory over the step (PNG).")] = None,
+    trace: Annotated[Path | None, _option("Write a trace for chrome://tracing or Perfetto (JSON).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The real training step at true size on fake devices: memory, FLOPs, bytes of every collective."""
+    from whalepod.report.question import check_name, check_number
+    from whalepod.spec.hardware import parse_gpus
+    from whalepod.spec.run import load_run
+
+    check_name("--roles", roles, ("all", "ends", "first"))
+    if imbalance is not None:
+        check_number("--imbalance", imbalance, 1.0, 256.0)
+    cluster = parse_gpus(gpus, gpus_per_node)
+    job = load_run(config, overrides or ())
+    from whalepod.dryrun import roles as dry
+    from whalepod.dryrun import views
+
+    with text_progress() as progress:
+        found = dry.dry_run(
+            job, cluster, rank=rank, roles=roles, imbalance=imbalance or 1.0, progress=progress
+        )
+    if picture is not None:
+        views.draw_memory(found, picture)
+    if trace is not None:
+        views.write_trace(found, trace)
+    if as_json:
+        print_json(views.dryrun_json(found))
+        return
+    console = make_console()
+    console.print(views.dryrun_view(found))
+    _print_files(console, picture=picture, trace=trace)
+
+
+@app.command()
 def scale(
     context: typer.Context,
     model: ModelArgument,

@@ -1,7 +1,7 @@
 """The one kernel of the model that CUDA and CPU builds of torch store differently: RMSNorm.
 
-On CUDA it is fused and keeps its input and a number per row; on a CPU it keeps a float32 copy of the input and
-the normalised rows besides. A dry run of GPUs on a CPU puts the first in the second's place.
+On CUDA it is fused and keeps its input and a number per row; on a CPU it keeps a float32 copy of the input
+and the normalised rows besides. A dry run of GPUs on a CPU puts the first in the second's place.
 """
 
 from __future__ import annotations

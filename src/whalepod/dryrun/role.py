@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
@@ -25,30 +25,29 @@ from whalepod.parallel.pipeline import TorchStage
 from whalepod.parallel.replicated import Replicated
 from whalepod.parallel.stage import Stage
 from whalepod.planner.in_flight import representative
+from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.run import RunConfig
 from whalepod.spec.schedule import RULES
 from whalepod.train.step import TrainStep
 
-MIDDLE = 1
-"""The micro-batch that is neither the first nor the last."""
 GRAIN_SHARE = 1 / 2000
 """Of the memory held between steps, what a change must be to be drawn."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """A parameter as this rank holds it: elements here, in the whole model, and its part of the module tree."""
+    """A parameter: elements on this rank, and the whole's shape."""
 
     name: str
     local: int
-    whole: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What one rank does in a step. calls, bytes: of collectives by (axis, operation); flops: by module kind."""
+    """A rank's step: calls and bytes of collectives by (axis, operation), FLOPs by module kind."""
 
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -125,14 +124,20 @@ def measure(
             _make_moments(work)
         state = _hold_state(ledger, work)
         ledger.begin(grain=int(ledger.total * GRAIN_SHARE))
-        tally = _Tally(mesh.traffic, ledger)
+        tally = _Tally(mesh.traffic, ledger, middle(layout))
         length = config.data.sequence_length + 1 + spec.num_nextn_predict_layers
         rows = torch.zeros(run * layout.micro_batch, length, dtype=torch.int64)
-        with ledger, tally, _follow_shards(ledger):
-            _, norm = work.step(rows, 1e-4)
-            work.balance(norm)
+        gc.freeze()  # what is there stays: collecting the rest is cheap
+        try:
+            with ledger, tally, _follow_shards(ledger):
+                _, norm = work.step(rows, 1e-4)
+                work.balance(norm)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(f"rank {rank} breaks at {ledger.where}: {_first_cause(error)}") from error
+        finally:
+            gc.unfreeze()
         pieces = work.state.weights()
-        held = tuple(Held(n, p.tensor.numel(), prod(p.box.whole)) for n, p in pieces.items())
+        held = tuple(Held(n, p.tensor.numel(), p.box.whole) for n, p in pieces.items())
         return Measured(
             rank=rank,
             stages=tuple(_stage_name(part) for part in parts),
@@ -148,9 +153,19 @@ def measure(
         )
 
 
+def middle(layout: Layout) -> int:
+    """A micro-batch with which a step does what it does with most, neither the first nor the last.
+
+    Where pipelines gather weights pass by pass, passes before and after matter, and a full pipeline's come
+    after one micro-batch for every rank."""
+    return layout.pp if layout.pp > 1 and layout.fsdp > 1 and layout.zero == 3 else 1
+
+
 def enough(layout: Layout) -> int:
     """Micro-batches of a step after which more of them change nothing but the counts."""
-    needed = max(MIDDLE + 2, representative(layout.schedule, layout.pp, layout.accumulation_steps))
+    needed = max(
+        2 * middle(layout) + 1, representative(layout.schedule, layout.pp, layout.accumulation_steps)
+    )
     while layout.pp > 1 and not RULES[layout.schedule].accepts(layout.pp, needed):
         needed += 1
     return min(needed, layout.accumulation_steps)
@@ -211,8 +226,8 @@ def _follow_shards(ledger: Ledger) -> Iterator[None]:
 class _Tally:
     """Counts of everything, and of one micro-batch in the middle of the step, by itself."""
 
-    def __init__(self, traffic: Traffic, ledger: Ledger) -> None:
-        self.middle = Counts()
+    def __init__(self, traffic: Traffic, ledger: Ledger, index: int) -> None:
+        self.middle, self._index = Counts(), index
         self._by_module: Counter[tuple[str, str]] = Counter()
         self._traffic, self._ledger = traffic, ledger
         self._stack = ExitStack()
@@ -229,8 +244,8 @@ class _Tally:
 
     def now(self) -> Counts:
         t, ledger = self._traffic, self._ledger
-        copies = (Counter(x) for x in (t.calls, t.bytes, ledger.flops))
-        return Counts(*copies, ledger.flops_uncut, Counter(self._by_module))
+        calls, sent, flops = Counter(t.calls), Counter(t.bytes), Counter(ledger.flops)
+        return Counts(calls, sent, flops, ledger.flops_uncut, Counter(self._by_module))
 
     def _noted(self, add: Callable[..., None]) -> Callable[..., None]:
         def noted(axis: str, op: str, tensor: Tensor) -> None:
@@ -242,11 +257,11 @@ class _Tally:
 
     def _split(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def counted(owner: Any, index: int, *args: Any, **kwargs: Any) -> Any:
-            if index != MIDDLE:
-                return method(owner, index, *args, **kwargs)
-            before = self.now()
+            before = self.now() if index == self._index else None
             out = method(owner, index, *args, **kwargs)
-            self.middle = self.middle.more(1, self.now().more(-1, before))
+            if before is not None:
+                self.middle = self.middle.more(1, self.now().more(-1, before))
+            gc.collect()  # or the peak would depend on when Python finds cycles that hold messages
             return out
 
         return counted
@@ -265,11 +280,20 @@ _PASSES: tuple[tuple[type, tuple[str, ...]], ...] = (
 """Methods that work on one micro-batch of a step, whose number is their first argument."""
 
 
+def _first_cause(error: BaseException) -> str:
+    """What went wrong before others wrapped it: a shape that does not fit, say."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+
+
 def _stage_name(part: Any) -> str:
     if not isinstance(part, Stage):
         return "whole model"
     layers = [int(name) for name in part.layers]  # type: ignore[union-attr]
     names = ["embedding"] if part.is_first else []
-    names += [f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"] if layers else []
+    names += (
+        [f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"] if layers else []
+    )
     names += ["head" + (" and MTP" if len(part.mtp) else "")] if part.is_last else []
     return ", ".join(names)

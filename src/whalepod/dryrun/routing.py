@@ -1,16 +1,15 @@
 """Routing without values: fake tensors choose no experts, so a drawn choice stands for theirs.
 
-`draw_picks` routes random tokens by the model's own rule (groups included) and then moves a few picks until every
-expert has its share; with an imbalance, until the first rank's experts have so many times the mean. All ranks
-of the job are taken to draw the same, so that what each receives is known. Sizes that a real run reads from
-its tensors come from the exchange's own arithmetic over these picks.
+`draw_picks` routes random tokens by the model's own rule (groups included) and then moves a few picks until
+every expert has its share; with an imbalance, until the first rank's experts have so many times the mean.
+All ranks of the job are taken to draw the same, so that what each receives is known. Sizes that a real run
+reads from its tensors come from the exchange's own arithmetic over these picks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np

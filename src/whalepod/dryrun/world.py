@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes as truly
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes as truly
 
 from whalepod.parallel import sharding
 from whalepod.parallel.ledger import Ledger
@@ -38,7 +38,7 @@ class _Mesh(Mesh):
 
 @contextmanager
 def pretend(layout: Layout, rank: int) -> Iterator[Mesh]:
-    """This process as rank `rank` of the layout's; fake tensors inside. Raises UserError within a real job."""
+    """This process as rank `rank` of a layout; fake tensors inside. Raises UserError within a real job."""
     if dist.is_initialized():
         raise UserError("a dry run is one process of its own: start it without torchrun")
     dist.init_process_group("fake", rank=rank, world_size=layout.num_devices, store=FakeStore())
@@ -57,11 +57,14 @@ def pretend(layout: Layout, rank: int) -> Iterator[Mesh]:
 
 
 def answers(ledger: Ledger) -> None:
-    """Gives numbers to the few places of a step that read one from a tensor (a norm, a load): 1."""
+    """Mends what fakes do unlike the real ones, and gives a number, 1, to the few places of a step that read
+    one from a tensor (a norm, a load)."""
     ledger.handlers[torch.ops.aten._local_scalar_dense.default] = lambda tensor: (
         1 if tensor.dtype in (torch.int32, torch.int64) else 1.0
     )
     ledger.handlers[torch.ops.aten._grouped_mm.default] = _grouped_mm
+    # torch's fake of it makes a second tensor.
+    ledger.handlers[torch.ops._c10d_functional.wait_tensor.default] = lambda tensor: tensor
 
 
 _real_grouped_mm = torch.ops.aten._grouped_mm.default

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import (
     flop_registry,
     register_flop_formula,
@@ -34,7 +34,9 @@ from whalepod.models.mlp import SwiGLU
 from whalepod.models.moe import GroupedExperts, Router
 
 _aten = torch.ops.aten
-_SILENT = frozenset({torch.ops.prim.device.default, _aten.detach.default, _aten.view.default, _aten.t.default})
+_SILENT = frozenset(
+    {torch.ops.prim.device.default, _aten.detach.default, _aten.view.default, _aten.t.default}
+)
 """Operations that make no storage and compute nothing, and come by the thousand."""
 
 
@@ -55,8 +57,9 @@ class Ledger(TorchDispatchMode):
 
     modules: whose calls are followed, by path ("" is a root). Memory that is there already is taken in with
     `hold`. `live`: bytes alive now, by category. `timeline`: (operation's number, bytes by category) at every
-    change of at least `grain` bytes, once `begin` has been called. `flops`: by module kind (`kind_of`), causal attention at the half that it
-    computes; `flops_uncut`: the same with attention counted whole, as torch's FlopCounterMode does.
+    change of at least `grain` bytes, once `begin` has been called. `flops`: by module kind (`kind_of`),
+    causal attention at the half that it computes; `flops_uncut`: the same with attention counted whole, as
+    torch's FlopCounterMode does. `handlers`: what stands for an operation, where it cannot be done as it is.
     """
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]] = ()) -> None:
@@ -85,7 +88,7 @@ class Ledger(TorchDispatchMode):
     def __enter__(self) -> Ledger:
         hooks = nn.modules.module
         before = hooks.register_module_forward_pre_hook(self._enter)
-        after = hooks.register_module_forward_hook(self._leave, always_call=True)
+        after = hooks.register_module_forward_hook(self._leave)
         self._hooks.callback(before.remove)
         self._hooks.callback(after.remove)
         resize = torch.UntypedStorage.resize_
@@ -216,7 +219,7 @@ class Ledger(TorchDispatchMode):
         if node is None:
             return ()
         index = bisect_right(self._marks, node._sequence_nr()) - 1
-        return self._places[index] if 0 <= index else ()
+        return self._places[index] if index >= 0 else ()
 
     @property
     def where(self) -> str:

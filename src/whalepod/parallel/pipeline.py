@@ -13,6 +13,7 @@ What torch leaves to the caller:
   sees them. `on_backward` is called after every backward pass that made weight gradients.
 * FSDP2 must not reduce gradients, nor drop weights, pass by pass: torch's stages turn that off, and reduce
   once, at a step's end. So `set_requires_gradient_sync` and its kin are not the trainer's to call.
+* Losses of a step are kept with their graphs, which hold the last stage's inputs: here they are cut off.
 * Messages wait in buffers which torch would hold for all micro-batches of a step, twice the activations
   of a stage's edge for each. Here a buffer lives from its message to its use.
 """
@@ -223,12 +224,22 @@ class TorchStage(PipelineStage):
             info.buffer = None
         if full_backward:
             self._after_weights()
+            self._let_go(bwd_chunk_id, loss)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         # torch makes a pass for every group of weights; together they go through a recomputed block once.
         with GraphExecGroup():
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self._after_weights()
+        self._let_go(bwd_chunk_id)
+
+    def _let_go(self, chunk: int, loss: Tensor | None = None) -> None:
+        """Cuts a finished micro-batch's losses from their graph. torch keeps them to the step's end, and the
+        graph's leaves are the stage's input and its gradient."""
+        if self.is_last:
+            self.output_chunks[chunk].detach_()
+            if loss is not None:
+                loss.detach_()
 
     def _after_weights(self) -> None:
         if isinstance(self.submod, FSDPModule):

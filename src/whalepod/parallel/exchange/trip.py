@@ -83,7 +83,7 @@ class Exchange(Overlapped):
         """The way of each pick to its expert's rank, of which each holds `num_local` experts."""
 
     def known(self, *sizes: Tensor) -> list[list[int]]:
-        """Sizes as numbers. The one place that waits for the device; a dry run, which has none, replaces it."""
+        """Sizes as numbers: the one place that waits for the device, and that a dry run replaces."""
         parts = torch.cat(sizes).cpu().split([len(part) for part in sizes])
         return [part.tolist() for part in parts]
 

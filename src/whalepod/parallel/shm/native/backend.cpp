@@ -302,7 +302,9 @@ class ShmBackend final : public c10d::Backend {
   WorkPtr post(bool is_send, OpType type, const char* title, Tensors& tensors, int peer, int tag, Span data,
                std::function<void()> after) {
     TORCH_CHECK(tensors.size() == 1 && is_plain(tensors[0]), "send and receive take one dense CPU tensor");
-    auto work = c10::make_intrusive<ShmWork>(core_, core_->pipes, type, title, tensors, tensors);
+    // What is sent belongs to the message alone, which lets go of it once it has left: pipelines keep the works
+    // of a whole step.
+    auto work = c10::make_intrusive<ShmWork>(core_, core_->pipes, type, title, is_send ? Tensors() : tensors, tensors);
     auto message = std::make_shared<Message>();
     message->peer = peer, message->tag = tag, message->data = data.data, message->bytes = data.bytes;
     message->deadline = Clock::now() + timeout_.load();
