@@ -6,24 +6,20 @@ What needs true numbers (ranks of a mesh, offsets of shards) is computed outside
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes as truly
 
 from whalepod.parallel import sharding
 from whalepod.parallel.ledger import Ledger
-from whalepod.parallel.mesh import Mesh, make_mesh
-from whalepod.spec.errors import UserError
+from whalepod.parallel.mesh import Mesh, make_mesh, open_fake_world
 from whalepod.spec.layout import Layout
 
 DEVICE = torch.device("cpu")
@@ -39,21 +35,13 @@ class _Mesh(Mesh):
 @contextmanager
 def pretend(layout: Layout, rank: int) -> Iterator[Mesh]:
     """This process as rank `rank` of a layout; fake tensors inside. Raises UserError within a real job."""
-    if dist.is_initialized():
-        raise UserError("a dry run is one process of its own: start it without torchrun")
-    dist.init_process_group("fake", rank=rank, world_size=layout.num_devices, store=FakeStore())
-    try:
+    with open_fake_world(rank, layout.num_devices), ExitStack() as stack:
         made = make_mesh(layout, DEVICE)
-        mesh = _Mesh(made.device, made.layout, made.axes, made.traffic)
-        with ExitStack() as stack:
-            place = "compute_local_shape_and_global_offset"
-            stack.enter_context(replaced(sharding, place, _truly(getattr(sharding, place))))
-            stack.enter_context(replaced(_fsdp_param, "_chunk_with_empty", _Chunks))
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            yield mesh
-    finally:
-        dist.destroy_process_group()
-        gc.collect()
+        place = "compute_local_shape_and_global_offset"
+        stack.enter_context(replaced(sharding, place, _truly(getattr(sharding, place))))
+        stack.enter_context(replaced(_fsdp_param, "_chunk_with_empty", _Chunks))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield _Mesh(made.device, made.layout, made.axes, made.traffic)
 
 
 def answers(ledger: Ledger) -> None:

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from whalepod.parallel import shm
 from whalepod.parallel.comm import Axis, Traffic
+from whalepod.spec.errors import UserError
 from whalepod.spec.layout import GROUPS, Layout
 
 
@@ -92,6 +93,22 @@ def open_world(device: torch.device) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
         # FSDP2's modules hold groups in reference cycles; gloo's threads must end before the process.
+        gc.collect()
+
+
+@contextmanager
+def open_fake_world(rank: int, size: int) -> Iterator[None]:
+    """A world of `size` ranks in which this process is one and the others do not exist: collectives answer at
+    once, with nothing. Raises UserError within a real one."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise UserError("a dry run is one process of its own: start it without torchrun")
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
         gc.collect()
 
 
