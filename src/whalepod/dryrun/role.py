@@ -163,9 +163,9 @@ def middle(layout: Layout) -> int:
 
 def enough(layout: Layout) -> int:
     """Micro-batches of a step after which more of them change nothing but the counts."""
-    needed = max(
-        2 * middle(layout) + 1, representative(layout.schedule, layout.pp, layout.accumulation_steps)
-    )
+    # One more than fill the pipeline: with them in flight, the sums of gradients are there too.
+    filled = representative(layout.schedule, layout.pp, layout.accumulation_steps) + 1
+    needed = max(2 * middle(layout) + 1, filled)
     while layout.pp > 1 and not RULES[layout.schedule].accepts(layout.pp, needed):
         needed += 1
     return min(needed, layout.accumulation_steps)
