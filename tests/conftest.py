@@ -37,6 +37,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHALEPOD_CACHE", str(cache))
+    monkeypatch.setenv("WHALEPOD_HOME", str(cache / "home"))  # no profile of this machine's user
 
 
 @pytest.fixture(scope="session")

@@ -303,6 +303,30 @@ def accuracy(
 
 
 @app.command()
+def calibrate(
+    name: Annotated[
+        str | None, _option("The profile's name; `cpu` without CUDA, else the device's with `-here`.")
+    ] = None,
+    out: Annotated[Path | None, _option("Write this YAML file, not the one of that name.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and repeats: seconds.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measures this machine and writes a hardware profile that `plan`, `scale` and `dryrun` take by name."""
+    from whalepod.calibrate import profile, run
+
+    profile.check_out(out)
+    with text_progress() as progress:
+        gpu = run.calibrate(name=name, quick=quick, progress=progress)
+    path = profile.write_profile(gpu, out)
+    if as_json:
+        print_json({"path": str(path), "profile": profile.profile_values(gpu)})
+        return
+    console = make_console()
+    console.print(profile.profile_table(gpu))
+    console.print(f"profile: {path}", soft_wrap=True)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the picture; overwritten.")] = Path(
         "runs/demo"

@@ -236,10 +236,10 @@ def test_kv_of_compressed_models() -> None:
         counts.sliding_window_bytes(preset("deepseek-v4.1-flash").config)
 
 
-@pytest.mark.parametrize("cache", ["fp7", "", 0, 65, True, None])
-def test_unknown_cache_format(cache) -> None:
+@pytest.mark.parametrize("kv_format", ["fp7", "", 0, 65, True, None])
+def test_unknown_cache_format(kv_format) -> None:
     with pytest.raises(UserError, match="KV cache"):
-        counts.kv_bytes_per_token(spec_of("v3-mini"), cache)
+        counts.kv_bytes_per_token(spec_of("v3-mini"), kv_format)
 
 
 def test_odd_bits_stay_exact() -> None:

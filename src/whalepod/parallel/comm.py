@@ -126,6 +126,17 @@ class Axis:
         self.traffic.add(self.name, "reduce_scatter", tensor)
         return dist.reduce_scatter_single(out, tensor, group=self.group, async_op=async_op)
 
+    def shift_into(self, out: Tensor, tensor: Tensor) -> None:
+        """Sends `tensor` to the next rank and fills `out` with that of the one before."""
+        self.traffic.add(self.name, "send", tensor)
+        there, back = ((self.rank + step) % self.size for step in (1, -1))
+        ops = [
+            dist.P2POp(dist.isend, tensor, group=self.group, group_peer=there),
+            dist.P2POp(dist.irecv, out, group=self.group, group_peer=back),
+        ]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+
     def all_gather_floats(self, values: list[float]) -> list[list[float]]:
         """Every rank's few figures, by rank: for logs."""
         mine = torch.tensor(values, dtype=torch.float64)

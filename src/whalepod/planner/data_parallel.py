@@ -26,7 +26,7 @@ HIDDEN_SHARE = 0.85
 class DataParallel:
     """Of candidates: arrays over rows, for the pipeline rank that holds most.
 
-    bandwidth: of memory, in bytes per second.
+    bandwidth: of memory in the optimiser, in bytes per second.
     """
 
     spec: ModelSpec

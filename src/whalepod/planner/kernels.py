@@ -43,13 +43,23 @@ class Kernels:
         """Bytes per second of the device memory, at the reachable share."""
         return self.gpu.memory_tb_s * 1e12 * self.shares.memory
 
+    @property
+    def optimizer_bandwidth(self) -> float:
+        """The same of the optimiser's pass over its state."""
+        return self.gpu.memory_tb_s * 1e12 * (self.shares.optimizer or self.shares.memory)
+
+    @property
+    def launch(self) -> float:
+        """Seconds that a kernel takes however small it is."""
+        return LAUNCH_S if self.gpu.measured is None else self.gpu.measured.dispatch_us * 1e-6
+
     def product(self, rows, inner, columns, precision, out_bytes=2.0) -> Times:
         """rows x inner times inner x columns. `out_bytes` an element; accumulation into FP32 is 8."""
         flops = 2.0 * rows * inner * columns
         element = np.where(precision == "fp8", 1.0, np.where(precision == "fp32", 4.0, 2.0))
         moved = element * (rows * inner + inner * columns) + out_bytes * rows * columns
         rate = self.rate(self.shares.gemm, precision) * inner / (inner + self.shares.half_k)
-        return smooth_max(flops / rate, moved / self.bandwidth, power=RIDGE) + LAUNCH_S
+        return smooth_max(flops / rate, moved / self.bandwidth, power=RIDGE) + self.launch
 
     def grouped(self, experts, rows, inner, columns, precision, out_bytes=2.0, of="rows") -> Times:
         """`experts` products of `rows` x inner times inner x columns; `of` names the routed dimension:
@@ -60,13 +70,13 @@ class Kernels:
         routed, fixed = (rows, inner) if of == "rows" else (inner, np.minimum(rows, columns))
         rate = self.rate(self.shares.grouped, precision) * fixed / (fixed + self.shares.half_k)
         rate = rate * routed / (routed + self.shares.half_rows)
-        return smooth_max(flops / rate, moved / self.bandwidth, power=RIDGE) + LAUNCH_S
+        return smooth_max(flops / rate, moved / self.bandwidth, power=RIDGE) + self.launch
 
     def attention(self, flops: np.ndarray, precision: np.ndarray, backward: bool = False) -> Times:
         """Causal attention over whole sequences of the given FLOPs (of this pass), never in FP8."""
         share = self.shares.attention[backward]
         high = np.where(precision == "fp8", "bf16", precision)
-        return flops / self.rate({"bf16": share}, high) + LAUNCH_S
+        return flops / self.rate({"bf16": share}, high) + self.launch
 
     def stream(self, moved: np.ndarray) -> Times:
         """Elementwise work that moves so many bytes."""

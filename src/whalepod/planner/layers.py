@@ -295,6 +295,9 @@ class LayerCosts:
                 crossing = hit * (nodes - 1) / nodes if nodes > 1 else 0.0
                 within = picks / hit
                 local = hit * ranks * (1 - (1 - 1 / ranks) ** within) * (ep - 1) / ep
+            if nodes == 1 and (once := n.all_to_all(both[rows] * local / 2, ep)) is not None:
+                seconds[rows] = 2 * once
+                continue
             card = n.card * outside
             over = both[rows] * crossing / card if card else np.full(rows.sum(), UNREACHABLE_S)
             times = np.maximum(both[rows] * local / n.link(ranks, inside), over if nodes > 1 else 0.0)

@@ -3,17 +3,21 @@
 A group of ranks is `size` ranks, `inner` of which share a domain. What crosses domains is spread over the
 network cards of the ranks in a domain (rails); both levels work at once, so the slower one counts.
 Latency grows with the number of ranks, bandwidth is a share of the link (NCCL on H100: 74 % for
-all-gather, 99 % for all-reduce in the switch; facts of ai-dynamo/aiconfigurator's nccl tables).
+all-gather, 99 % for all-reduce in the switch; facts of ai-dynamo/aiconfigurator's nccl tables). Within a
+domain of calibrated hardware, collectives take as long as they were measured to take.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import comb
 
 import numpy as np
 
+from whalepod.planner.measured import Curves, collective_curves, collective_seconds
 from whalepod.spec.hardware import Cluster, Gpu
+from whalepod.spec.measured import COLLECTIVES
 from whalepod.spec.model import MoE
 
 Times = np.ndarray
@@ -66,11 +70,23 @@ class Network:
         touched = 1 + -(-(span - np.gcd(domain, span)) // domain)
         return np.where(lies, np.clip(domain // stride, 1, size), -(-size // np.minimum(touched, size)))
 
-    def _time(self, op: str, local: np.ndarray, crossing: np.ndarray, size, inner) -> Times:
+    @cached_property
+    def curves(self) -> dict[str, Curves]:
+        """Measured times by operation, of those that were measured."""
+        measured = self.cluster.gpu.measured
+        table = () if measured is None else measured.collectives
+        return {op: found for op in COLLECTIVES if (found := collective_curves(table, op))}
+
+    def _time(
+        self, op: str, total: np.ndarray, local: np.ndarray, crossing: np.ndarray, size, inner
+    ) -> Times:
         crosses = size > inner
-        seconds = local / self.link(inner, self.shares[op]) + np.where(
-            size > 1, INNER_LATENCY_S + INNER_HOP_S * inner, 0.0
-        )
+        if op in self.curves:
+            seconds = collective_seconds(self.curves[op], total, inner)
+        else:
+            seconds = local / self.link(inner, self.shares[op]) + np.where(
+                size > 1, INNER_LATENCY_S + INNER_HOP_S * inner, 0.0
+            )
         rate = self.card * NETWORK_SHARE
         over = np.where(crosses, crossing / rate if rate else UNREACHABLE_S, 0.0)
         over = over + np.where(crosses, NETWORK_LATENCY_S + NETWORK_HOP_S * (size // inner), 0.0)
@@ -78,21 +94,31 @@ class Network:
 
     def all_gather(self, total: np.ndarray, size, inner, op: str = "all_gather") -> Times:
         local = total * (inner - 1) / inner
-        return self._time(op, local, total * (1 - inner / size) / inner, size, inner)
+        return self._time(op, total, local, total * (1 - inner / size) / inner, size, inner)
 
     def reduce_scatter(self, total: np.ndarray, size, inner) -> Times:
         return self.all_gather(total, size, inner, "reduce_scatter")
 
     def all_reduce(self, total: np.ndarray, size, inner) -> Times:
         local = 2 * total * (inner - 1) / inner
-        return self._time("all_reduce", local, 2 * total * (1 - inner / size) / inner, size, inner)
+        return self._time("all_reduce", total, local, 2 * total * (1 - inner / size) / inner, size, inner)
 
     def send(self, sent: np.ndarray, crosses: np.ndarray) -> Times:
         """From one rank to another, which is in another domain where `crosses`."""
-        inside = sent / self.link(2, self.shares["p2p"]) + INNER_LATENCY_S
+        if "send" in self.curves:
+            inside = collective_seconds(self.curves["send"], sent, 2)
+        else:
+            inside = sent / self.link(2, self.shares["p2p"]) + INNER_LATENCY_S
         rate = self.card * NETWORK_SHARE
         outside = (sent / rate if rate else UNREACHABLE_S) + NETWORK_LATENCY_S
         return np.where(crosses, outside, inside)
+
+    def all_to_all(self, sent: np.ndarray, ranks: int) -> Times | None:
+        """Of `ranks` that share a domain, each of which sends so many bytes to the others in all; None where
+        that was not measured."""
+        if "all_to_all" not in self.curves:
+            return None
+        return collective_seconds(self.curves["all_to_all"], sent * ranks / (ranks - 1), ranks)
 
 
 def expected_nodes(moe: MoE, nodes: int) -> float:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from whalepod.planner.activations import MEGATRON, OWN, OWN_CPU, Framework
+from whalepod.planner.measured import fitted_shares
 from whalepod.planner.memory import NO_OVERHEAD, OVERHEAD, Overhead
 from whalepod.planner.state import DEEPSEEK_STATE, MEGATRON_STATE, OWN_STATE, StateTypes
 from whalepod.spec.errors import UserError, nearest
@@ -30,7 +31,7 @@ class Shares:
     attention: of the BF16 peak, forward and backward, in causal FLOPs. memory: of the HBM bandwidth for
     fused elementwise work; permute: for gathering and scattering rows.
     half_k: the inner length at which a product reaches half of its share. half_rows: rows of one expert
-    at which a grouped product does.
+    at which a grouped product does. optimizer: of the memory bandwidth, in AdamW (None: as `memory`).
     """
 
     gemm: Mapping[str, float]
@@ -40,6 +41,7 @@ class Shares:
     permute: float = 0.50
     half_k: float = 350.0
     half_rows: float = 160.0
+    optimizer: float | None = None
 
     def scaled(self, factor: float) -> Shares:
         """All shares of arithmetic by so much higher."""
@@ -104,6 +106,16 @@ class Software:
         return replace(self, dispatcher=self.rack_dispatcher)
 
     def of(self, gpu: Gpu) -> Shares:
+        """Shares on this GPU as far as they were measured; else those published."""
+        shares = self._published(gpu)
+        if gpu.measured is None:
+            return shares
+        found = fitted_shares(gpu.measured)
+        for name in ("gemm", "grouped"):
+            found[name] = {**getattr(shares, name), **found.get(name, {})}
+        return replace(shares, **found)
+
+    def _published(self, gpu: Gpu) -> Shares:
         """Shares on this GPU, else on its architecture. On others, which no published run tells of, Hopper's
         in proportion to the best measured product (0.80 of the peak there)."""
         if gpu.name in self.shares:

@@ -207,7 +207,7 @@ class TrainingTimes:
         spec = self.spec if self.mtp else self.spec.with_(num_nextn_predict_layers=0)
         return DataParallel(
             *(spec, self.candidates, self.sequence_length, self.costs.network),
-            *(self.software.state, self.costs.kernels.bandwidth),
+            *(self.software.state, self.costs.kernels.optimizer_bandwidth),
         )
 
     def message(self) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Accelerators by name, `load_gpu("h100")`, and clusters of them, `parse_gpus("64xH100")`.
 
-The numbers and the source of each are in `data/hardware.yaml`; what no source gives is None here.
+The numbers and the source of each are in `data/hardware.yaml`; what no source gives is None here. A profile
+that `whalepod calibrate` wrote for this user goes before the entry of its name.
 A bandwidth is in one direction and per accelerator; a GB is 10^9 bytes, a GiB 2^30, a TFLOP 10^12.
 """
 
@@ -17,6 +18,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from whalepod.spec.errors import UserError, nearest
+from whalepod.spec.measured import Measured, profile_folder
 from whalepod.spec.model import shown
 
 Architecture = Literal["ampere", "hopper", "ada", "blackwell", "cdna3", "cdna4", "ascend", "cpu"]
@@ -40,6 +42,7 @@ _RULES = {  # of pydantic's, in words that fit a YAML file
     "dataclass_type": "should be a mapping",
     "dict_type": "should be a mapping",
     "tuple_type": "should be a list",
+    "named_tuple_type": "should be a list",
 }
 
 
@@ -73,7 +76,8 @@ class Gpu:
     the best matrix product measured in PyTorch attains. memory_gib: what the driver reports where a source
     says it, else the nominal size. usable_scale_up_gb_s: the published part of `scale_up.gb_s` that can be
     had. nic_gb_s: each accelerator's share of its node's network. peer_to_peer: False where the cards of a
-    node can talk only through the host's memory. sources: where each number is from, by dotted field.
+    node can talk only through the host's memory. measured: what a calibration found, which the planner then
+    goes by. sources: where each number is from, by dotted field.
     """
 
     __pydantic_config__ = _NO_MORE
@@ -95,6 +99,7 @@ class Gpu:
     price: Price | None = None
     peer_to_peer: Annotated[bool, Field(strict=True)] = True
     aliases: tuple[Line, ...] = ()
+    measured: Measured | None = None
     sources: Mapping[Line, Line] = field(default_factory=dict, hash=False, repr=False)
 
     def source(self, path: str) -> str:
@@ -166,15 +171,28 @@ def gpu_names() -> list[str]:
 def load_gpu(name: str | Path) -> Gpu:
     """The accelerator `name`, or the one that a YAML file (`.yaml`, `.yml`) of the same fields describes.
 
-    Case, spaces, dashes, underscores and the maker's name do not count. Raises UserError with one line.
+    Profiles in `profile_folder()` are asked first. Case, spaces, dashes, underscores and the maker's name do
+    not count. Raises UserError with one line.
     """
     text = str(name).strip()
     if isinstance(name, Path) or text.lower().endswith((".yaml", ".yml")):
         return _read_profile(Path(text))
+    own = _own_profiles()
+    if (file := own.get(_squeezed(text))) is not None:
+        return _read_profile(file)
     found = _spellings().get(_squeezed(text))
     if found is None:
-        raise UserError(f"unknown GPU {shown(text)}{nearest(text[:100], gpu_names())}")
+        names = [*gpu_names(), *(file.stem for file in own.values())]
+        raise UserError(f"unknown GPU {shown(text)}{nearest(text[:100], names)}")
     return _gpu(found)
+
+
+def spelled_gpu(name: str) -> Gpu | None:
+    """The database's accelerator of a device's own name, like "NVIDIA H100 80GB HBM3", if there is one."""
+    words = re.split(r"\s+", name.strip())
+    tries = (_spellings().get(_squeezed("".join(words[:n]))) for n in range(len(words), 0, -1))
+    found = next((f for f in tries if f is not None), None)
+    return None if found is None else _gpu(found)
 
 
 def parse_gpus(text: str, gpus_per_node: int | None = None) -> Cluster:
@@ -221,10 +239,21 @@ def override_gpu(
         peer = link.peer_gb_s and link.peer_gb_s * ratio
         new["scale_up"] = replace(link, gb_s=total, peer_gb_s=peer)
         new["usable_scale_up_gb_s"] = usable and usable * ratio
+        if gpu.measured is not None:  # over the link as it was
+            new["measured"] = replace(gpu.measured, collectives=())
         given += ["scale_up.gb_s", "scale_up.peer_gb_s", "usable_scale_up_gb_s"]
     if usd_per_hour is not None:
         new["price"] = Price(_checked(usd_per_hour, Cost, "usd_per_hour"), GIVEN, GIVEN)
     return replace(gpu, **new, sources={**gpu.sources, **dict.fromkeys(given, GIVEN)})
+
+
+def _own_profiles() -> dict[str, Path]:
+    """Files of this user's profiles by squeezed name."""
+    try:
+        files = sorted(profile_folder().glob("*.yaml"))
+    except (OSError, ValueError, RuntimeError):  # not to be read, a NUL, no home: as if there were none
+        return {}
+    return {_squeezed(file.stem): file for file in files}
 
 
 def _squeezed(name: str) -> str:
@@ -298,7 +327,8 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
     path = [str(part) for part in first["loc"]]
     if path[-1:] == ["[key]"] or first["type"] == "unexpected_keyword_argument":
         *groups, key = [part for part in path if part != "[key]"]
-        known = {(): Gpu, ("scale_up",): Link, ("price",): Price}.get(tuple(groups))
+        kinds = {(): Gpu, ("scale_up",): Link, ("price",): Price, ("measured",): Measured}
+        known = kinds.get(tuple(groups))
         names = [f.name for f in fields(known)] if known else PRECISIONS
         raise UserError(f"{where}: unknown key {shown('.'.join((*groups, key)))}{nearest(key, names)}")
     if first["type"] == "missing":

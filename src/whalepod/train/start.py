@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +72,7 @@ def train(
     if under_launcher or layout.num_devices == 1:
         with _threads(config.threads_per_worker):
             return run_rank(config, files, until, quiet)
-    _compile_once(progress)
+    compile_once(progress)
     return _local_workers(config, files, until, quiet)
 
 
@@ -151,7 +151,7 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _compile_once(progress: Progress | None) -> None:
+def compile_once(progress: Progress | None) -> None:
     """Workers on CPUs speak through shared memory; its native part is compiled before they start."""
     if torch.cuda.is_available() or not shm.will_compile():
         return
@@ -174,6 +174,14 @@ def _local_workers(config: RunConfig, files: TokenFiles, until: int | None, quie
         threads = config.threads_per_worker
     else:
         threads = config.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // num_workers)
+    return start_workers(num_workers, threads, _worker, config.model_dump_json(), files, until, quiet)[0]
+
+
+def start_workers(num_workers: int, threads: int | None, worker: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `worker(*args, threads)` returns in each of so many local processes, by rank.
+
+    `worker` is a module's function under `record`; it should begin with `take_cores(threads)`.
+    """
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -188,26 +196,24 @@ def _local_workers(config: RunConfig, files: TokenFiles, until: int | None, quie
     with _environment("OMP_NUM_THREADS", None if threads is None else str(threads)):
         try:
             with _quiet_launcher():
-                results = elastic_launch(launch, _worker)(
-                    config.model_dump_json(), files, until, quiet, threads
-                )
+                results = elastic_launch(launch, worker)(*args, threads)
         except ChildFailedError as error:
             raise _explain(error) from None
-    return results[0]
+    return [results[rank] for rank in range(num_workers)]
 
 
 @record
 def _worker(
     config_json: str, files: TokenFiles, until: int | None, quiet: bool, threads: int | None
 ) -> RunResult:
-    _take_cores(threads)
+    take_cores(threads)
     try:
         return run_rank(RunConfig.model_validate_json(config_json), files, until, quiet)
     except UserError as error:
         raise RuntimeError(_USER_MISTAKE + str(error)) from None
 
 
-def _take_cores(threads: int | None) -> None:
+def take_cores(threads: int | None) -> None:
     """Binds a local CPU worker to cores of its own when there are enough for all."""
     if threads is None:
         return

@@ -1,0 +1,174 @@
+"""Kernels of one device in the forms that training runs them in: linear layers, grouped products of experts
+and their weights' gradients, fused causal attention with padded values, elementwise passes, fused AdamW.
+
+A time is the median of several.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from whalepod.spec.measured import Attended, Grouped, Precision, Product
+from whalepod.train.metrics import synchronize
+
+Progress = Callable[[str, int, int], None]
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+QK_WIDTH, V_WIDTH, HEADS = 192, 128, 4  # DeepSeek-V3's widths; a few of its heads
+BACKWARD = 2.5  # FLOPs of attention's backward pass over the forward one's
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured. products: (rows, inner, columns); grouped: (experts, rows, inner, columns); stream:
+    bytes of a tensor; collectives: bytes; budget_s: seconds for each figure,
+    or three repeats."""
+
+    products: tuple[tuple[int, int, int], ...] = (
+        *((n, n, n) for n in (256, 512, 1024, 2048)),
+        *((4096, 64, 1024), (4096, 128, 1024), (4096, 256, 1024), (4096, 512, 256), (128, 2048, 2048)),
+    )
+    grouped: tuple[tuple[int, int, int, int], ...] = (
+        *((8, rows, 512, 512) for rows in (8, 32, 128, 512)),
+        *((32, 128, 256, 256), (8, 256, 1024, 1024)),
+    )
+    attention: tuple[int, ...] = (256, 512, 1024, 2048)
+    stream: int = 2**27
+    collectives: tuple[int, ...] = tuple(2**n for n in range(12, 25, 2))
+    budget_s: float = 0.3
+
+
+QUICK = Sizes(
+    products=(*((n, n, n) for n in (256, 512, 1024, 2048)), (4096, 64, 1024), (4096, 128, 1024)),
+    grouped=tuple((8, rows, 512, 512) for rows in (8, 32, 256)),
+    attention=(256, 1024),
+    collectives=(2**12, 2**16, 2**20, 2**24),
+    budget_s=0.08,
+)
+
+
+def time_kernels(place: torch.device, sizes: Sizes, report: Progress) -> dict[str, Any]:
+    """Fields of Measured, and `peak_gb_s`, the most that any elementwise pass moved."""
+    total, done = 2 * (len(sizes.products) + len(sizes.grouped) + len(sizes.attention)) + 4, 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        report("kernels", done, total)
+
+    def timed(call: Callable[[], Any]) -> float:
+        return median_seconds(call, place, sizes.budget_s)
+
+    def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(*shape, device=place).to(dtype)
+
+    report("kernels", 0, total)
+    products, grouped, attention = [], [], []
+    for name, dtype in DTYPES.items():
+        for m, k, n in sizes.products:
+            x, w = random(m, k, dtype=dtype), random(n, k, dtype=dtype)
+            rate = 2 * m * k * n / timed(lambda x=x, w=w: F.linear(x, w))
+            products.append(Product(name, m, k, n, short(rate)))
+            step()
+        for experts, m, k, n in sizes.grouped:
+            x, w = random(experts * m, k, dtype=dtype), random(experts, n, k, dtype=dtype)
+            ends = torch.arange(m, experts * m + 1, m, dtype=torch.int32, device=place)
+            seconds = timed(lambda x=x, w=w, e=ends: F.grouped_mm(x, w.transpose(1, 2), offs=e))
+            grouped.append(Grouped(name, experts, m, k, n, short(2 * experts * m * k * n / seconds)))
+            step()
+        for tokens in sizes.attention:
+            there, back = _attention(tokens, dtype, place, timed)
+            flops = tokens * tokens * HEADS * (QK_WIDTH + V_WIDTH)
+            attention.append(Attended(name, tokens, short(flops / there), short(BACKWARD * flops / back)))
+            step()
+    with torch.no_grad():
+        memory = _memory(sizes.stream, place, timed, step)
+    return {
+        "products": tuple(products),
+        "grouped": tuple(grouped),
+        "attention": tuple(attention),
+        **{key: short(value) for key, value in memory.items()},
+    }
+
+
+def _attention(
+    tokens: int, dtype: torch.dtype, place: torch.device, timed: Callable[[Callable[[], Any]], float]
+) -> tuple[float, float]:
+    """Seconds of the forward and of the backward pass."""
+    shape = (1, HEADS, tokens, QK_WIDTH)
+    q, k, v = (torch.randn(shape, device=place).to(dtype).requires_grad_() for _ in range(3))
+    grad = torch.randn(shape, device=place).to(dtype)
+
+    def forward() -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    with torch.no_grad():
+        there = timed(forward)
+    out = forward()
+    return there, timed(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))
+
+
+def _memory(
+    size: int, place: torch.device, timed: Callable[[Callable[[], Any]], float], step: Callable[[], None]
+) -> dict[str, float]:
+    """GB/s of elementwise passes, of picking rows and of AdamW; microseconds of a small operation."""
+    rates: dict[torch.dtype, list[float]] = {}
+    for dtype in DTYPES.values():
+        n = size // dtype.itemsize
+        a, b, out = (torch.ones(n, dtype=dtype, device=place) for _ in range(3))
+        rates[dtype] = [
+            3 * size / timed(lambda a=a, b=b, out=out: torch.add(a, b, out=out)),
+            2 * size / timed(lambda a=a, out=out: torch.mul(a, 0.5, out=out)),
+        ]
+    step()
+    rows = torch.ones(size // 2 // 1024, 1024, dtype=torch.bfloat16, device=place)
+    order = torch.randperm(len(rows), device=place)
+    gather = 2 * size / timed(lambda: rows.index_select(0, order))
+    step()
+    weight = torch.nn.Parameter(torch.ones(size // 16, device=place))
+    weight.grad = torch.full_like(weight, 1e-3)
+    adam = torch.optim.AdamW([weight], fused=True)
+    with torch.enable_grad():
+        optimizer = 28 * weight.numel() / timed(adam.step)  # reads four FP32 tensors, writes three
+    step()
+    small = torch.ones(16, device=place)
+    dispatch = timed(lambda: small.add_(0.0))
+    step()
+    return {
+        "peak_gb_s": max(max(each) for each in rates.values()) / 1e9,
+        "stream_gb_s": statistics.mean(rates[torch.bfloat16]) / 1e9,
+        "gather_gb_s": gather / 1e9,
+        "optimizer_gb_s": optimizer / 1e9,
+        "dispatch_us": dispatch * 1e6,
+    }
+
+
+def median_seconds(call: Callable[[], Any], place: torch.device, budget_s: float) -> float:
+    """Of one call, after a first one; each sample is of as many calls as the clock needs."""
+
+    def sample(repeats: int) -> float:
+        synchronize(place)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        synchronize(place)
+        return (time.perf_counter() - start) / repeats
+
+    end = time.perf_counter() + budget_s
+    sample(1)
+    repeats = max(1, round((2e-3 if place.type == "cuda" else 2e-4) / max(sample(1), 1e-7)))
+    samples: list[float] = []
+    while len(samples) < 3 or time.perf_counter() < end:
+        samples.append(sample(repeats))
+    return statistics.median(samples)
+
+
+def short(value: float) -> float:
+    """Four digits: nothing here is known better."""
+    return float(f"{value:.4g}")
