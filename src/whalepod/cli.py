@@ -263,6 +263,9 @@ def scale(
     mode: ModeOption = None,
     html: Annotated[Path | None, _option("Write a report with pictures, in one file.")] = None,
     picture: Annotated[Path | None, _option("Write the scaling curve (PNG).")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run the counts that this machine has, beside the prediction.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """What each added GPU brings: throughput, efficiency, memory, days and cost at every count."""
@@ -270,7 +273,7 @@ def scale(
 
     asked = _question(context)
     with text_progress() as progress:
-        doc = answer.scale(asked, gpu, counts, html=html, picture=picture, progress=progress)
+        doc = answer.scale(asked, gpu, counts, html=html, picture=picture, measure=measure, progress=progress)
     if as_json:
         print_json(doc)
         return
@@ -379,6 +382,10 @@ def train(
         f"MFU {result.mfu:.1%} of {result.peak_tflops:.3g} measured TFLOP/s; "
         f"{max(result.memory_gib):.2f} GiB per worker\n{result.folder}"
     )
+    from whalepod.report.prediction import prediction_table
+
+    if (table := prediction_table(result)) is not None:
+        make_console().print(table)
 
 
 @app.command()

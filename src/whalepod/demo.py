@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from whalepod.report.training import Curve, draw_scaling
 from whalepod.serve.generate import Generated, generate, load_model
 from whalepod.serve.sampling import Sampling
 from whalepod.spec.counts import GIB, params
-from whalepod.spec.model import ModelSpec
 from whalepod.spec.run import RunConfig, make_run
 from whalepod.text.sources import Progress
 from whalepod.train.loop import RunResult
 from whalepod.train.metrics import read_metrics
+from whalepod.train.predict import Prediction, predict
 from whalepod.train.start import train
 
 PROMPT = "def read_lines(path):\n    "
@@ -46,16 +47,6 @@ class Demo:
     closing: str
 
 
-def state_bytes(spec: ModelSpec, workers: int, sharded: bool) -> float:
-    """Weights, gradients and AdamW moments that one worker holds between steps.
-
-    FP32 masters, gradients and two moments are 16 bytes a parameter. A replica also keeps the BF16
-    copy it computes with; a shard gathers that block by block, and holds 1 / workers of the rest.
-    """
-    total = params(spec, mtp=True).total
-    return total * (16 / workers if sharded else 18)
-
-
 def run_demo(
     folder: Path, say: Callable[[str], Any], progress: Progress | None = None, steps: int = STEPS
 ) -> Demo:
@@ -64,10 +55,11 @@ def run_demo(
     shutil.rmtree(folder, ignore_errors=True)
     spec = make_run(_config(folder, "", 1, 1, steps)).model_spec()
     total = params(spec, mtp=True).total
-    predicted = {
-        "replicated": state_bytes(spec, workers, False) / 2**20,
-        "sharded": state_bytes(spec, workers, True) / 2**20,
+    expected = {
+        "replicated": _predict(_config(folder, "", workers, 1, steps)),
+        "sharded": _predict(_config(folder, "", 1, workers, steps)),
     }
+    predicted = {name: found.state_gib * 1024 for name, found in expected.items()}
     say(
         f"{spec.name}: DeepSeek-V3 architecture (latent attention, experts, multi-token prediction), "
         f"{total / 1e6:.1f} M parameters; {workers} worker(s), one core each"
@@ -121,7 +113,17 @@ def run_demo(
 def demo_table(demo: Demo) -> Table:
     """Speed, memory and loss of the runs, predicted memory beside measured."""
     table = Table(box=None, pad_edge=False, show_edge=False)
-    for name in ("run", "tokens/s", "speed-up", "MFU", "state MiB", "predicted", "peak RSS GiB", "loss"):
+    for name in (
+        "run",
+        "tokens/s",
+        "predicted",
+        "speed-up",
+        "MFU",
+        "state MiB",
+        "predicted",
+        "peak RSS GiB",
+        "loss",
+    ):
         table.add_column(name, justify="left" if name == "run" else "right")
     runs = [("1 worker", demo.alone, "replicated")]
     if demo.sharded is not None:
@@ -131,6 +133,7 @@ def demo_table(demo: Demo) -> Table:
         table.add_row(
             label,
             f"{result.tokens_per_s:,.0f}",
+            _expected(result),
             f"{result.tokens_per_s / demo.alone.tokens_per_s:.2f}",
             f"{result.mfu:.0%}",
             f"{max(result.state_gib) * 1024:,.0f}",
@@ -139,6 +142,11 @@ def demo_table(demo: Demo) -> Table:
             f"{result.loss:.3f} at step {result.steps}",
         )
     return table
+
+
+def _expected(result: RunResult) -> str:
+    found = result.predicted
+    return "-" if found is None or found.tokens_per_s is None else f"{found.tokens_per_s:,.0f}"
 
 
 def _closing(
@@ -168,6 +176,13 @@ def _curve(label: str, result: RunResult, predicted_mib: float) -> Curve:
 
 def _run(folder: Path, name: str, replicas: int, shards: int, steps: int) -> RunConfig:
     return make_run(_config(folder, name, replicas, shards, steps))
+
+
+def _predict(values: dict[str, Any]) -> Prediction:
+    config = make_run(values)
+    found = predict(config.model_spec(), config.make_layout(), SEQUENCE_LENGTH, torch.device("cpu"))
+    assert found is not None  # the database has CPUs
+    return found
 
 
 def _config(folder: Path, name: str, replicas: int, shards: int, steps: int) -> dict[str, Any]:

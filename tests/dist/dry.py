@@ -106,12 +106,8 @@ def real_step(layout: Layout, spec: ModelSpec, groups: Groups, profiled: bool) -
         with flops:
             work.step(rows, 1e-4)
         ledger = Ledger()
-        state = [t for part in work.parallel.parts for t in (*part.parameters(), *part.buffers())]
-        weights = [*work.state.decayed, *work.state.plain]
-        state += [*weights, *(w.grad for w in weights if w.grad is not None), rows]
-        state += [t for values in work.optimizer.state.values() for t in values.values()]
-        ledger.hold(state, "state")
-        del state, weights  # or last step's gradients would stay for their sake
+        # Held in no variable, or last step's gradients would stay for its sake.
+        ledger.hold([*work.parallel.held(work.optimizer), rows], "state")
         with ledger:
             work.balance(work.step(rows, 1e-4)[1])
         return Seen(dict(calls), dict(sent), flops.get_total_flops(), peak, ledger.peak.bytes)

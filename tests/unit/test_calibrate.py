@@ -36,7 +36,7 @@ from whalepod.spec.presets import load_model_spec
 TINY = Sizes(
     products=((32, 32, 32), (64, 16, 64)),
     grouped=((2, 8, 16, 16), (2, 32, 16, 16)),
-    attention=(32,),
+    attention=((1, 2, 32, 16), (1, 2, 64, 16)),
     stream=2**18,
     collectives=(),
     budget_s=0.001,
@@ -71,7 +71,9 @@ def synthetic(share: float = 0.8, half_k: float = 100.0, half_rows: float = 30.0
         grouped=tuple(
             Grouped("bf16", 4, rows, k, 64, grouped(rows, k)) for rows in (8, 64) for k in (64, 512)
         ),
-        attention=(Attended("bf16", 256, 1e11, 2e11), Attended("bf16", 1024, 3e11, 2e11)),
+        attention=tuple(
+            Attended("bf16", t, w, 3e11 / (1 + 200 / t + 50 / w), 2e11) for t in (128, 512) for w in (64, 192)
+        ),
         collectives=tuple(
             Collective(op, ranks, size, 1e-5 + size / 1e9)
             for op in COLLECTIVES
@@ -88,6 +90,8 @@ def test_shares_are_recovered_from_tables_that_follow_the_formulas() -> None:
     assert found["grouped"]["bf16"] == pytest.approx(0.5, rel=1e-6)
     assert found["half_rows"] == pytest.approx(30, rel=1e-6)
     assert found["attention"] == pytest.approx((0.3, 0.2))
+    assert found["half_attention"][0] == pytest.approx((200, 50))
+    assert found["half_attention"][1] == pytest.approx((0, 0), abs=1e-6)
     assert (found["memory"], found["permute"], found["optimizer"]) == pytest.approx((0.9, 0.2, 0.7))
 
 
@@ -138,7 +142,9 @@ def test_the_plan_goes_by_the_profile(tmp_path: Path) -> None:
             products=tuple(row._replace(flop_s=row.flop_s * factor) for row in m.products),
             grouped=tuple(row._replace(flop_s=row.flop_s * factor) for row in m.grouped),
             attention=tuple(
-                Attended(r.precision, r.tokens, factor * r.forward_flop_s, factor * r.backward_flop_s)
+                r._replace(
+                    forward_flop_s=factor * r.forward_flop_s, backward_flop_s=factor * r.backward_flop_s
+                )
                 for r in m.attention
             ),
             collectives=tuple(row._replace(seconds=row.seconds / factor) for row in m.collectives),

@@ -218,7 +218,7 @@ def test_at_the_peak_is_the_loss_or_a_block() -> None:
 
 
 def test_own_runtime_holds_what_the_demo_says() -> None:
-    """18 bytes a parameter replicated, 16 over the shards: `demo.state_bytes`."""
+    """18 bytes a parameter replicated, 16 over the shards."""
     options: dict[str, Any] = {"state": OWN_STATE, "framework": OWN}
     total = params(EXPERTS, mtp=True).total
     rows = memory(

@@ -20,15 +20,15 @@ from whalepod.train.metrics import synchronize
 
 Progress = Callable[[str, int, int], None]
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
-QK_WIDTH, V_WIDTH, HEADS = 192, 128, 4  # DeepSeek-V3's widths; a few of its heads
+VALUES = 2 / 3  # of the width of keys, in DeepSeek-V2 and V3: 128 of 192
 BACKWARD = 2.5  # FLOPs of attention's backward pass over the forward one's
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured. products: (rows, inner, columns); grouped: (experts, rows, inner, columns); stream:
-    bytes of a tensor; collectives: bytes; budget_s: seconds for each figure,
-    or three repeats."""
+    """What is measured. products: (rows, inner, columns); grouped: (experts, rows, inner, columns);
+    attention: (sequences, heads, tokens, width of keys); stream: bytes of a tensor; collectives: bytes;
+    budget_s: seconds for each figure, or three repeats."""
 
     products: tuple[tuple[int, int, int], ...] = (
         *((n, n, n) for n in (256, 512, 1024, 2048)),
@@ -38,7 +38,10 @@ class Sizes:
         *((8, rows, 512, 512) for rows in (8, 32, 128, 512)),
         *((32, 128, 256, 256), (8, 256, 1024, 1024)),
     )
-    attention: tuple[int, ...] = (256, 512, 1024, 2048)
+    attention: tuple[tuple[int, int, int, int], ...] = (
+        *((4, 4, tokens, width) for tokens in (128, 256, 512, 1024) for width in (48, 96, 192)),
+        (1, 4, 2048, 192),
+    )
     stream: int = 2**27
     collectives: tuple[int, ...] = tuple(2**n for n in range(12, 25, 2))
     budget_s: float = 0.3
@@ -47,7 +50,7 @@ class Sizes:
 QUICK = Sizes(
     products=(*((n, n, n) for n in (256, 512, 1024, 2048)), (4096, 64, 1024), (4096, 128, 1024)),
     grouped=tuple((8, rows, 512, 512) for rows in (8, 32, 256)),
-    attention=(256, 1024),
+    attention=tuple((2, 4, tokens, width) for tokens in (128, 512) for width in (48, 192)),
     collectives=(2**12, 2**16, 2**20, 2**24),
     budget_s=0.08,
 )
@@ -82,10 +85,12 @@ def time_kernels(place: torch.device, sizes: Sizes, report: Progress) -> dict[st
             seconds = timed(lambda x=x, w=w, e=ends: F.grouped_mm(x, w.transpose(1, 2), offs=e))
             grouped.append(Grouped(name, experts, m, k, n, short(2 * experts * m * k * n / seconds)))
             step()
-        for tokens in sizes.attention:
-            there, back = _attention(tokens, dtype, place, timed)
-            flops = tokens * tokens * HEADS * (QK_WIDTH + V_WIDTH)
-            attention.append(Attended(name, tokens, short(flops / there), short(BACKWARD * flops / back)))
+        for shape in sizes.attention:
+            there, back = _attention(shape, dtype, place, timed)
+            sequences, heads, tokens, width = shape
+            flops = sequences * heads * tokens**2 * width * (1 + VALUES)
+            rates = short(flops / there), short(BACKWARD * flops / back)
+            attention.append(Attended(name, tokens, width, *rates))
             step()
     with torch.no_grad():
         memory = _memory(sizes.stream, place, timed, step)
@@ -98,10 +103,12 @@ def time_kernels(place: torch.device, sizes: Sizes, report: Progress) -> dict[st
 
 
 def _attention(
-    tokens: int, dtype: torch.dtype, place: torch.device, timed: Callable[[Callable[[], Any]], float]
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    place: torch.device,
+    timed: Callable[[Callable[[], Any]], float],
 ) -> tuple[float, float]:
-    """Seconds of the forward and of the backward pass."""
-    shape = (1, HEADS, tokens, QK_WIDTH)
+    """Seconds of the forward and of the backward pass, the values padded to the width of the keys."""
     q, k, v = (torch.randn(shape, device=place).to(dtype).requires_grad_() for _ in range(3))
     grad = torch.randn(shape, device=place).to(dtype)
 

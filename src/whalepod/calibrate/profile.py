@@ -17,7 +17,7 @@ import yaml
 from whalepod.calibrate.kernels import DTYPES, short
 from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Gpu, load_gpu, spelled_gpu
-from whalepod.spec.measured import Product, profile_folder
+from whalepod.spec.measured import Product, profile_folder, profile_name
 from whalepod.train.metrics import GIB
 
 
@@ -100,10 +100,9 @@ def described(place: torch.device, name: str | None, products: tuple[Product, ..
     reached = {p: short(max(x.flop_s for x in products if x.precision == p) / 1e12) for p in DTYPES}
     tflops = dict(known.tflops) if known else reached
     memory = _host_memory() / cores() if on_cpu else torch.cuda.mem_get_info(place)[1]
-    slug = re.sub("[^a-z0-9]+", "-", machine.lower()).strip("-")[:50]
     by_us = f"measured, {today()}"
     fields: dict[str, Any] = {
-        "name": name or ("cpu" if on_cpu else f"{slug}-here"),
+        "name": name or ("cpu" if on_cpu else profile_name(machine)),
         "title": f"{'one core of ' if on_cpu else ''}{machine}, {by_us}",
         "tflops": tflops,
         "reachable": {p: short(min(1.0, reached[p] / tflops[p])) for p in reached if p in tflops},

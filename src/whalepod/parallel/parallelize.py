@@ -131,13 +131,17 @@ class Parallel:
         """Sums what ranks returned as their parts of a loss. The ranks of `tp` all hold the same part."""
         return self.mesh.world.all_reduce(parts / self.mesh["tp"].size)
 
-    def held_bytes(self, optimizer: torch.optim.Optimizer) -> int:
+    def held(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         """Weights (masters and copies), buffers, gradients and moments that this rank holds between steps."""
         weights = [*self.state.decayed, *self.state.plain]
         held: list[Any] = [*weights, *(w.grad for w in weights if w.grad is not None)]
         for part in self.parts:
             held += [*part.parameters(), *part.buffers()]
-        held += [t for values in optimizer.state.values() for t in values.values()]
+        return held + [t for values in optimizer.state.values() for t in values.values()]
+
+    def held_bytes(self, optimizer: torch.optim.Optimizer) -> int:
+        """Bytes of `held`."""
+        held: list[Any] = [*self.held(optimizer)]
         storages = [(t.to_local() if hasattr(t, "to_local") else t).untyped_storage() for t in held]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 

@@ -72,9 +72,13 @@ class Kernels:
         rate = rate * routed / (routed + self.shares.half_rows)
         return smooth_max(flops / rate, moved / self.bandwidth, power=RIDGE) + self.launch
 
-    def attention(self, flops: np.ndarray, precision: np.ndarray, backward: bool = False) -> Times:
-        """Causal attention over whole sequences of the given FLOPs (of this pass), never in FP8."""
-        share = self.shares.attention[backward]
+    def attention(
+        self, flops: np.ndarray, precision: np.ndarray, tokens: float, width: int, backward: bool = False
+    ) -> Times:
+        """Causal attention of the given FLOPs (of this pass) over whole sequences of `tokens` with keys of
+        `width`, never in FP8."""
+        short, narrow = self.shares.half_attention[backward]
+        share = self.shares.attention[backward] / (1 + short / tokens + narrow / width)
         high = np.where(precision == "fp8", "bf16", precision)
         return flops / self.rate({"bf16": share}, high) + self.launch
 

@@ -125,8 +125,8 @@ class LayerCosts:
         out.add(part, (W,), k.product(inner, rows, columns, p, out_bytes=8.0))
 
     def _memory(self, out: Layer, forward, backward, again: Again = False) -> None:
-        out.add("memory", (F,), self.kernels.stream(forward), again)
-        out.add("memory", (I,), self.kernels.stream(backward))
+        out.add("memory", (F,), self.kernels.stream(forward * self.software.elementwise), again)
+        out.add("memory", (I,), self.kernels.stream(backward * self.software.elementwise))
 
     def _quantize(self, out: Layer, elements, again: Again = False) -> None:
         """BF16 read, FP8 written along rows and along columns (the weights' gradients want those); the
@@ -178,12 +178,13 @@ class LayerCosts:
         if spec.indexer is not None:
             extra = attention_flops(spec, 0, self.sequence_length / 2)
             scores = tokens / c.tp * (extra.indexer_scores + extra.indexer_proj)
-            out.add("attention", (F,), self.kernels.attention(scores, c.precision))
-            out.add("attention", (I,), self.kernels.attention(2.0 * scores, c.precision))
-        core = self.kernels.attention(flops, c.precision)
+            size = self.sequence_length, spec.indexer.index_head_dim
+            out.add("attention", (F,), self.kernels.attention(scores, c.precision, *size))
+            out.add("attention", (I,), self.kernels.attention(2.0 * scores, c.precision, *size))
+        core = self.kernels.attention(flops, c.precision, self.sequence_length, keys)
         out.add("attention", (F,), core)
         # Five products instead of two, scores among them computed again.
-        back = self.kernels.attention(2.5 * flops, c.precision, backward=True)
+        back = self.kernels.attention(2.5 * flops, c.precision, self.sequence_length, keys, backward=True)
         out.add("attention", (I,), back)
         # Two norms and two residual additions read and write the hidden states ten times; rotary
         # embedding and building keys read and write queries, keys and values.
@@ -309,7 +310,9 @@ class LayerCosts:
         high = np.where(c.precision == "fp8", "bf16", c.precision)
         self._product(out, "head", self.tokens, d, v, precision=high)
         # Logits written in BF16, read and widened for the softmax, their gradient written and read.
-        self._memory(out, self.tokens * v * 10.0, self.tokens * v * 6.0)
+        logits = self.kernels.stream(self.tokens * v * self.software.logits)
+        out.add("memory", (F,), logits * 10.0)
+        out.add("memory", (I,), logits * 6.0)
         self._launch(out, "shared")
         self._tensor(out, d, 0)
 

@@ -52,10 +52,11 @@ def fitted_shares(measured: Measured) -> dict[str, Any]:
             }
     attended = [row for row in measured.attention if row.precision == "bf16" and "bf16" in peaks]
     if attended:
-        out["attention"] = tuple(
-            max(getattr(row, way) for row in attended) / peaks["bf16"]
-            for way in ("forward_flop_s", "backward_flop_s")
-        )
+        sizes = [[row.tokens for row in attended], [row.width for row in attended]]
+        ways = ([row.forward_flop_s for row in attended], [row.backward_flop_s for row in attended])
+        fits = [_plane(sizes, rates) for rates in ways]
+        out["attention"] = tuple(rate / peaks["bf16"] for rate, _ in fits)
+        out["half_attention"] = tuple(halves for _, halves in fits)
     return out
 
 
@@ -69,6 +70,23 @@ def _line(sizes: list[int], rates: list[float]) -> tuple[float, float]:
     if a <= 0 or b <= 0:  # no limit to be seen, or no fall towards small sizes
         return _level(rates), MIN_HALF
     return float(1 / a), float(np.clip(b / a, MIN_HALF, MAX_HALF))
+
+
+def _plane(sizes: list[list[int]], rates: list[float]) -> tuple[float, tuple[float, ...]]:
+    """(rate at endless sizes, halves): 1 / rate = (1 + sum of half / size) / endless, as in `_line`; what
+    does not fall towards small sizes has a half of 0."""
+    rate = np.array(rates)
+    used = [i for i, values in enumerate(sizes) if np.ptp(values) > 0]
+    while True:
+        columns = [rate, *(rate / np.array(sizes[i], dtype=float) for i in used)]
+        found, *_ = np.linalg.lstsq(np.stack(columns, 1), np.ones(len(rate)), rcond=None)
+        if (found > 0).all():
+            break
+        if not used:
+            return _level(rates), (0.0,) * len(sizes)
+        used.pop(int(found[1:].argmin()))
+    halves = dict(zip(used, found[1:] / found[0], strict=True))
+    return float(1 / found[0]), tuple(float(halves.get(i, 0.0)) for i in range(len(sizes)))
 
 
 def _level(rates: Iterable[float]) -> float:

@@ -31,7 +31,8 @@ class Shares:
     attention: of the BF16 peak, forward and backward, in causal FLOPs. memory: of the HBM bandwidth for
     fused elementwise work; permute: for gathering and scattering rows.
     half_k: the inner length at which a product reaches half of its share. half_rows: rows of one expert
-    at which a grouped product does. optimizer: of the memory bandwidth, in AdamW (None: as `memory`).
+    at which a grouped product does. half_attention: tokens and width of keys that halve attention's, forward
+    and backward. optimizer: of the memory bandwidth, in AdamW (None: as `memory`).
     """
 
     gemm: Mapping[str, float]
@@ -41,6 +42,7 @@ class Shares:
     permute: float = 0.50
     half_k: float = 350.0
     half_rows: float = 160.0
+    half_attention: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 0.0), (0.0, 0.0))
     optimizer: float | None = None
 
     def scaled(self, factor: float) -> Shares:
@@ -65,7 +67,7 @@ class Software:
     overlap_cost: by so much the computation slows meanwhile (the multiprocessors that
     communicate); hides: the share of a pass's computation that can hide it: one micro-batch's attention waits
     for another's exchange in a fixed order, and only DeepSeek's kernels share the GPU freely.
-    quantize, permute: traffic of these steps in multiples of what fused kernels need.
+    quantize, permute, elementwise, logits: traffic of these steps in multiples of what fused kernels need.
     state, framework, overhead: how it keeps training state and activations, and what it takes besides.
     schedules, zero: the pipeline schedules and ZeRO stages that it has.
     """
@@ -84,6 +86,8 @@ class Software:
     graphed: tuple[str, ...] = ()
     quantize: float = 1.0
     permute: float = 1.0
+    elementwise: float = 1.0
+    logits: float = 1.0
     state: StateTypes = DEEPSEEK_STATE
     framework: Framework = MEGATRON
     overhead: Overhead = OVERHEAD
@@ -100,7 +104,8 @@ class Software:
         """This stack as it runs there."""
         if cluster.gpu.architecture == "cpu":
             # No CUDA context, no NCCL; and the device is its own host.
-            return replace(self, framework=OWN_CPU, overhead=NO_OVERHEAD, host_us=0.0)
+            plain = {"elementwise": CPU_ELEMENTWISE, "logits": CPU_LOGITS}
+            return replace(self, framework=OWN_CPU, overhead=NO_OVERHEAD, host_us=0.0, **plain)
         if self.rack_dispatcher is None or cluster.domain <= 8:
             return self
         return replace(self, dispatcher=self.rack_dispatcher)
@@ -125,6 +130,11 @@ class Software:
             return self.shares[gpu.architecture]
         return self.shares["hopper"].scaled(gpu.reachable.get("bf16", 0.7) / 0.803)
 
+
+CPU_ELEMENTWISE, CPU_LOGITS = 8.0, 4.7
+"""Bytes that the operations of one training step of v3-mini read and write beside products, over what fused
+kernels would (12.4 of 1.5 GB), and those of the head's loss on its logits (75 of 16 bytes each): on CPUs
+every operation is one of its own. Counted, not fitted to times."""
 
 GRAPHED: Mapping[str, tuple[str, ...]] = {
     "no": (),

@@ -117,16 +117,25 @@ def scale(
     *,
     html: Path | None = None,
     picture: Path | None = None,
+    measure: bool = False,
     progress: scaling.Progress | None = None,
 ) -> dict[str, Any]:
     """What each doubling of a GPU brings, in JSON's terms; writes a page and a picture where asked for.
 
-    counts: `8,16,64` or `8..2048`; None takes doublings from below the smallest count that fits.
+    counts: `8,16,64` or `8..2048`; None takes doublings from below the smallest count that fits, or the
+    machine's own with `measure`, which runs them.
     """
     planning.check_place(html, "--html")
     planning.check_place(picture, "--picture", (".png",))
     numbers = None if counts is None else parse_counts(counts)
+    if measure:
+        from whalepod.report import measured_scale  # needs torch
+
+        question = measured_scale.for_this_machine(question, gpu)
+        numbers = numbers or measured_scale.counts_here(question.cluster_of(gpu, 1).gpu)
     doc = scaling.scale(question, gpu, numbers, progress)
+    if measure:
+        measured_scale.measure(question, doc, progress)
     if html is None and picture is None:
         return doc
     from whalepod.report import planning_pictures, scaling_pictures

@@ -233,6 +233,13 @@ def scale_table(doc: Mapping[str, Any], width: int = NARROW) -> Table:
         ),
         f"USD per\n{'T' if train else 'M'} tokens": (cost, dollars, 0),
     }
+    if any(point.get("measured_tokens_per_s") for point in doc["points"]):
+        figures = {
+            **dict(list(figures.items())[:2]),
+            "measured": ("measured_tokens_per_s", "{:,.0f}".format, 0),
+            "speed-up\nmeasured": ("measured_speedup", "x{:.2f}".format, 0),
+            **dict(list(figures.items())[2:]),
+        }
     shown = {title: figure for title, figure in figures.items() if width >= figure[2]}
     table = plain_table()
     for title in shown:

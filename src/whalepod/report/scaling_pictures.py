@@ -33,6 +33,9 @@ def throughput_panel(axes: Any, points: list[dict[str, Any]], unit: str) -> None
     speeds = [p["tokens_per_s"] for p in points]
     axes.plot(counts, [speeds[0] * n / counts[0] for n in counts], "--", color=GREY, lw=1, label="ideal")
     axes.plot(counts, speeds, "-o", color=BLUE, ms=4, lw=1.6, label="planned")
+    measured = [(p["num_gpus"], p["measured_tokens_per_s"]) for p in points if p.get("measured_tokens_per_s")]
+    if measured:
+        axes.plot(*zip(*measured, strict=True), "s", color=ORANGE, ms=5, label="measured")
     for point in points:
         gain = point["speedup_per_doubling"]
         if gain is not None:

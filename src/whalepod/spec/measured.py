@@ -4,6 +4,7 @@ profiles lie. Rates are FLOP/s or GB/s (10^9 bytes) of one accelerator, or of on
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,11 +45,12 @@ class Grouped(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """Causal attention over sequences of so many tokens. Causal FLOPs, without what padding adds; the
-    backward pass counts 2.5 times the forward one's."""
+    """Causal attention over sequences of so many tokens, with queries and keys of so many numbers a head.
+    Causal FLOPs, without what padding adds; the backward pass counts 2.5 times the forward one's."""
 
     precision: Precision
     tokens: _Size
+    width: _Size
     forward_flop_s: _Flops
     backward_flop_s: _Flops
 
@@ -96,3 +98,8 @@ def profile_folder() -> Path:
     if home:
         return Path(home).expanduser() / "hardware"
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "whalepod" / "hardware"
+
+
+def profile_name(machine: str) -> str:
+    """Of the profile of an accelerator that calls itself `machine`."""
+    return re.sub("[^a-z0-9]+", "-", machine.lower()).strip("-")[:50] + "-here"

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.run import RunConfig
 from whalepod.train.balance import Load
+from whalepod.train.counted import Counted, counted_step
 from whalepod.train.data import PackedTokens, TokenFiles, validation_batches
 from whalepod.train.metrics import (
     GIB,
@@ -30,16 +32,22 @@ from whalepod.train.metrics import (
     measure_peak_flops,
     peak_memory_gib,
 )
+from whalepod.train.predict import Prediction, predict
 from whalepod.train.schedule import learning_rate
 from whalepod.train.step import TrainStep
 
 MAX_SKIPPED_IN_A_ROW = 10
 WARMUP_TIMED_STEPS = 2
+COUNTED_STEP = 2
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run brought. Memory lists have one entry per worker."""
+    """What a run brought. Memory lists have one entry per worker.
+
+    counted_gib: allocated at the peak of one step, and bytes_by_axis: what the first worker handed to
+    collectives in it; empty after a run of fewer than four steps. predicted: the planner's, before the run.
+    """
 
     folder: str
     steps: int
@@ -53,6 +61,9 @@ class RunResult:
     memory_gib: list[float]
     state_gib: list[float]
     traffic_bytes_per_step: dict[str, float] = field(default_factory=dict)
+    counted_gib: list[float] = field(default_factory=list)
+    bytes_by_axis: dict[str, int] = field(default_factory=dict)
+    predicted: Prediction | None = None
 
 
 class Trainer:
@@ -154,17 +165,25 @@ class Trainer:
         if self.mesh.is_first:
             label = f"{self.spec.name} on {axis.size} worker" + "s" * (axis.size > 1)
             reporter = Reporter(self.folder, end, self.progress.step, label, quiet)
+        predicted = self._predict() if self.mesh.is_first else None
         timed: list[float] = []
+        counted: Counted | None = None
         loss, validation = float("nan"), None
         bytes_before, first_step = dict(self.mesh.traffic.bytes), self.progress.step
         try:
             while self.progress.step < end:
+                # By the third step all that stays has been made; it is counted, if another can be timed.
+                counts = self.progress.step == first_step + COUNTED_STEP < end - 1
                 start = time.perf_counter()
-                main, mtp, norm = self.step()
-                load: Load | None = self.work.balance(norm)
-                loss = main.item()
+                with counted_step(self.work) if counts else nullcontext() as found:
+                    main, mtp, norm = self.step()
+                    load: Load | None = self.work.balance(norm)
+                    loss = main.item()
                 seconds = time.perf_counter() - start
-                timed.append(seconds)
+                if counts:
+                    counted = found
+                else:
+                    timed.append(seconds)
                 rate = self.optimizer.param_groups[0]["lr"]
                 self.progress = replace(
                     self.progress,
@@ -203,7 +222,8 @@ class Trainer:
         step_s = statistics.median(timed[WARMUP_TIMED_STEPS:] or timed or [float("nan")])
         done = max(self.progress.step - first_step, 1)
         state_gib = self.parallel.held_bytes(self.optimizer) / GIB
-        memory_rows = axis.all_gather_floats([peak_memory_gib(self.mesh.device), state_gib])
+        counted_gib = counted.peak / GIB if counted else 0.0
+        memory_rows = axis.all_gather_floats([peak_memory_gib(self.mesh.device), state_gib, counted_gib])
         result = RunResult(
             folder=str(self.folder),
             steps=self.progress.step,
@@ -220,10 +240,23 @@ class Trainer:
                 f"{name}/{op}": (count - bytes_before.get((name, op), 0)) / done
                 for (name, op), count in self.mesh.traffic.bytes.items()
             },
+            counted_gib=[row[2] for row in memory_rows] if counted else [],
+            bytes_by_axis=counted.bytes_by_axis if counted else {},
+            predicted=predicted,
         )
         if self.mesh.is_first:
             (self.folder / "result.json").write_text(json.dumps(asdict(result), indent=1))
         return result
+
+    def _predict(self) -> Prediction | None:
+        """The planner's figures, written into the run's folder too."""
+        found = predict(
+            *(self.spec, self.layout, self.config.data.sequence_length, self.mesh.device),
+            threads=torch.get_num_threads(),
+        )
+        if found is not None:
+            (self.folder / "prediction.json").write_text(json.dumps(asdict(found), indent=1))
+        return found
 
 
 def run_rank(config: RunConfig, files: TokenFiles, until: int | None, quiet: bool) -> RunResult:

@@ -1,0 +1,66 @@
+"""What was predicted of a run beside what was measured, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from whalepod.spec.counts import GIB
+from whalepod.train.loop import RunResult
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. share: predicted over measured, None where nothing was measured."""
+
+    what: str
+    predicted: float
+    measured: float
+
+    @property
+    def share(self) -> float | None:
+        return self.predicted / self.measured if self.measured else None
+
+
+def compared(result: RunResult) -> list[Row]:
+    """Step time, tokens/s, memory and bytes by axis; without rows for what was not measured."""
+    return list(_rows(result))
+
+
+def _rows(result: RunResult) -> Iterator[Row]:
+    found = result.predicted
+    if found is None:
+        return
+    if found.step_s is not None and found.tokens_per_s is not None:
+        yield Row("step, s", found.step_s, result.step_s)
+        yield Row("tokens/s", found.tokens_per_s, result.tokens_per_s)
+    if result.counted_gib:
+        yield Row("memory, GiB", found.memory_gib, max(result.counted_gib))
+        for axis in sorted({*found.bytes_by_axis, *result.bytes_by_axis}):
+            pair = found.bytes_by_axis.get(axis, 0.0) / GIB, result.bytes_by_axis.get(axis, 0) / GIB
+            if max(pair) > 0:
+                yield Row(f"sent over {axis}, GiB", *pair)
+
+
+def prediction_table(result: RunResult) -> Table | None:
+    """Of a run's result; None where there is nothing to compare."""
+    rows = compared(result)
+    if not rows or result.predicted is None:
+        return None
+    source = (
+        result.predicted.hardware if result.predicted.calibrated else "uncalibrated: `whalepod calibrate`"
+    )
+    table = Table(box=None, pad_edge=False, title=f"a step ({source})", title_justify="left")
+    table.add_column("")
+    for name in ("predicted", "measured", "ratio"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        share = "" if row.share is None else f"{row.share:.2f}"
+        table.add_row(row.what, _figure(row.predicted), _figure(row.measured), share)
+    return table
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

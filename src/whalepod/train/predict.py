@@ -1,0 +1,115 @@
+"""What the planner expects of a job on the very machine it runs on, to stand beside what is measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from whalepod.planner.plan import time_layout
+from whalepod.planner.search import TrainingJob
+from whalepod.planner.software import load_software
+from whalepod.planner.traffic import step_traffic
+from whalepod.spec.errors import UserError
+from whalepod.spec.hardware import Cluster, Gpu, load_gpu, spelled_gpu
+from whalepod.spec.layout import Layout
+from whalepod.spec.measured import profile_name
+from whalepod.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one step. step_s, tokens_per_s: None where more workers than cores share a CPU.
+
+    hardware: the profile's title; calibrated: whether it was measured. memory_gib: allocated at the peak on
+    the fullest rank; state_gib: weights, gradients, masters and moments there. bytes_by_axis: what the first
+    rank hands to collectives, by axis.
+    """
+
+    hardware: str
+    calibrated: bool
+    step_s: float | None
+    tokens_per_s: float | None
+    memory_gib: float
+    state_gib: float
+    bytes_by_axis: Mapping[str, float]
+
+
+def predict(
+    spec: ModelSpec, layout: Layout, sequence_length: int, device: torch.device, threads: int = 1
+) -> Prediction | None:
+    """The planner's figures for `layout` on devices like this one; None of one that no profile describes.
+
+    threads: of each worker on a CPU, whose profile is of one thread.
+    """
+    gpu = here(device)
+    if gpu is None:
+        return None
+    busy = layout.num_devices * threads > gpu.gpus_per_node and device.type == "cpu"
+    if device.type == "cpu":
+        gpu = _with_threads(gpu, threads)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", layout.num_devices))
+    cluster = Cluster(gpu, layout.num_devices, min(local, layout.num_devices))
+    job = TrainingJob(
+        *(spec, cluster, load_software("whalepod"), layout.global_batch, sequence_length, layout.precision),
+        mtp=spec.num_nextn_predict_layers > 0,
+    )
+    plan = time_layout(job, layout)
+    return Prediction(
+        hardware=gpu.title,
+        calibrated=gpu.measured is not None,
+        step_s=None if busy else plan.step.seconds,
+        tokens_per_s=None if busy else plan.tokens_per_s,
+        memory_gib=plan.memory_allocated_gib,
+        state_gib=sum(plan.memory_by_category[name] for name in ("weights", "gradients", "optimizer")),
+        bytes_by_axis={
+            axis: sum(ops.values()) for axis, ops in step_traffic(spec, layout, sequence_length).items()
+        },
+    )
+
+
+def here(device: torch.device) -> Gpu | None:
+    """This device's profile: the one that was measured, else the database's."""
+    if device.type == "cpu":
+        return load_gpu("cpu")
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    try:
+        return load_gpu(profile_name(name))
+    except UserError:
+        return spelled_gpu(name)
+
+
+def _with_threads(gpu: Gpu, threads: int) -> Gpu:
+    """Of workers that have so many cores each: arithmetic and memory so many times as fast."""
+    if threads == 1:
+        return gpu
+    found = gpu.measured
+    if found is not None:
+        found = replace(
+            found,
+            peak_tflops={name: value * threads for name, value in found.peak_tflops.items()},
+            peak_gb_s=found.peak_gb_s * threads,
+            stream_gb_s=found.stream_gb_s * threads,
+            gather_gb_s=found.gather_gb_s * threads,
+            optimizer_gb_s=found.optimizer_gb_s * threads,
+            products=tuple(row._replace(flop_s=row.flop_s * threads) for row in found.products),
+            grouped=tuple(row._replace(flop_s=row.flop_s * threads) for row in found.grouped),
+            attention=tuple(
+                row._replace(
+                    forward_flop_s=row.forward_flop_s * threads,
+                    backward_flop_s=row.backward_flop_s * threads,
+                )
+                for row in found.attention
+            ),
+        )
+    return replace(
+        gpu,
+        measured=found,
+        tflops={name: value * threads for name, value in gpu.tflops.items()},
+        memory_tb_s=gpu.memory_tb_s * threads,
+        memory_gib=gpu.memory_gib * threads,
+    )
