@@ -18,7 +18,7 @@ from whalepod.spec.layout import Layout
 from whalepod.spec.run import RunConfig, make_run
 
 TOLERANCE = 0.02
-LENGTH = 65536  # tokens enough for drawn routing to come near its mean
+LENGTH = 32768  # tokens enough for drawn routing to come near its mean
 
 
 def config(layout: Layout) -> RunConfig:
@@ -62,12 +62,12 @@ def test_a_bit_of_everything(axes: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", parity.LAYOUTS)
 def test_the_parity_layouts(num_ranks: int) -> None:
-    for index, axes in enumerate(parity.LAYOUTS[num_ranks][::2]):
+    for index, axes in enumerate(parity.LAYOUTS[num_ranks][::3]):
         check("V3-like", axes, index % num_ranks)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["V2-like", "dense"])
 def test_other_models(model: str) -> None:
-    for axes in parity.cases(4, model)[1::4]:
+    for axes in parity.cases(4, model)[1::6]:
         check(model, axes | {"precision": "fp32", "micro_batch": 2, "global_batch": 16}, 3)

@@ -14,7 +14,7 @@ import torch
 from whalepod.dryrun.findings import Finding, findings
 from whalepod.dryrun.role import Measured, measure
 from whalepod.planner.answers import TrainingPlan
-from whalepod.planner.plan import time_layout
+from whalepod.planner.plan import time_run
 from whalepod.planner.search import TrainingJob
 from whalepod.planner.software import load_software
 from whalepod.spec.counts import GIB
@@ -95,7 +95,7 @@ def dry_run(
         *(spec, cluster, load_software("whalepod"), layout.global_batch, config.data.sequence_length),
         *(layout.precision, imbalance),
     )
-    plan = time_layout(job, layout)
+    plan = time_run(job, layout)
     parts = plan.memory_by_category
     extra = {name: parts[name] for name in ("workspace", "overhead")}
     extra["fragmentation"] = software.overhead.fragmentation

@@ -8,21 +8,24 @@ too, but its output is many times its input: 512 numbers become 32,768 in the ke
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from whalepod.models.attention import MLAttention
-from whalepod.models.moe import Router, routers
+from whalepod.models.mlp import SwiGLU
+from whalepod.models.moe import GroupedExperts, Router, routers
 from whalepod.models.transformer import Block
 from whalepod.parallel.comm import SAVED_BY_RECOMPUTE, Traffic
 from whalepod.spec.layout import Recompute
 
-_aten = torch.ops.aten
+_aten, _ops = torch.ops.aten, torch.ops._c10d_functional
 _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -99,24 +102,76 @@ class _Replay(_Repeat):
 
 
 class _Selective:
-    """Makes the contexts of one block."""
+    """Makes the contexts of one block.
+
+    Of some results that are dear nobody reads the numbers in the repeated pass: what comes after the last
+    product of an MLP or of the experts is added up and leaves the block, and a product whose sum over
+    devices is kept goes only there. No derivative needs them. A stand-in takes their place.
+    """
 
     def __init__(self, block: Block, found: list[Router], traffic: Traffic) -> None:
         self._routers, self._traffic = found, traffic
-        self._in_up_projection = False
+        self._in_up_projection = self._in_tail = False
+        self._mode: Any = None  # of the first pass, while it runs
+        self._kept: list[tuple[Any, int]] = []
+        self._unread: set[tuple[Any, int]] = set()
         if isinstance(attention := block.self_attn, MLAttention):
             for module in (getattr(attention, "q_b_proj", None), attention.kv_b_proj):
                 if module is not None:
                     module.register_forward_pre_hook(lambda *_: self._enter(True))
                     module.register_forward_hook(lambda *_: self._enter(False))
+        for module in block.modules():
+            if isinstance(module, SwiGLU):
+                module.down_proj.register_forward_pre_hook(lambda *_: self._tail(True))
+                module.register_forward_hook(lambda *_: self._tail(False))
+            elif isinstance(module, GroupedExperts):
+                module.register_forward_hook(lambda *_: self._after_experts())
 
     def _enter(self, inside: bool) -> None:
         self._in_up_projection = inside
 
+    def _tail(self, inside: bool) -> None:
+        self._in_tail = inside
+
+    def _after_experts(self) -> None:
+        if self._kept:
+            self._unread.add(self._kept[-1])  # their second product
+        self._in_tail = True  # till the block's end
+
     def __call__(self) -> Contexts:
         first, again = create_selective_checkpoint_contexts(self._policy)
-        return first, _Replay(self._routers, again, self._traffic)
+        return self._first(first), _Replay(self._routers, again, self._traffic)
 
-    def _policy(self, _context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    @contextmanager
+    def _first(self, mode: Any) -> Iterator[None]:
+        self._mode, self._in_tail = mode, False
+        try:
+            with mode:
+                yield
+            for op, index in self._unread:
+                mode.storage[op][index] = tree_map(lambda x: _Unread(x.val), mode.storage[op][index])
+        finally:
+            self._mode, self._in_tail = None, False
+            self._kept.clear()
+            self._unread.clear()
+
+    def _policy(self, context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
         keep = op in _KEPT and not self._in_up_projection
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+        if not keep:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        if op == _ops.reduce_scatter_tensor.default and self._kept and self._kept[-1][0] == _aten.mm.default:
+            self._unread.add(self._kept[-1])
+        self._kept.append((op, self._mode.func_counter[op] - 1))
+        if self._in_tail:
+            self._unread.add(self._kept[-1])
+        return CheckpointPolicy.MUST_SAVE
+
+
+class _Unread:
+    """In place of a kept result: a tensor of the same kind, whatever its numbers, made when asked for."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._shape, self._dtype, self._device = like.shape, like.dtype, like.device
+
+    def get_val(self, _allow_mutation: bool) -> Tensor:
+        return torch.empty(self._shape, dtype=self._dtype, device=self._device)

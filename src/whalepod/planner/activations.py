@@ -50,6 +50,7 @@ class Framework:
     fused_swiglu: SwiGLU keeps its inputs only. padded_values: values as wide as keys (`models.attention`).
     copies: of the rows that travel to or from experts, how many exist at a time: what is sent, what is
     received, and in Megatron the rows dispatched, which its layer still names while their results return.
+    late_gradients: blocks' gradients take memory only once there are any (Megatron's buffers always do).
     """
 
     logits: float = 2
@@ -62,6 +63,7 @@ class Framework:
     fused_swiglu: bool = True
     padded_values: bool = False
     copies: int = 3
+    late_gradients: bool = False
 
 
 MEGATRON = Framework()
@@ -75,6 +77,7 @@ OWN = Framework(
     fused_swiglu=False,
     padded_values=True,
     copies=2,
+    late_gradients=True,
 )
 OWN_CPU = replace(OWN, fused_norms=False)
 """The runtime of `parallel/` and `models/`, on GPUs and on CPUs."""
@@ -147,6 +150,7 @@ class Activations:
         return {
             # With the MLP goes the norm before it, which Transformer Engine fuses into its first product.
             "norms": np.where(recompute["all"], 0, self._norm_input())
+            + np.where(no | recompute["norms"], self._travelled(self.spec.hidden_size, no), 0)
             + np.where(no | recompute["norms"], 0, self.li * self.spec.hidden_size * self.gathered),
             "dense_mlp": np.where(no, 0, mlp),
         }
@@ -170,11 +174,13 @@ class Activations:
         experts = experts + self.rows * (self.li * d + 2 * self.b * routed + 12)
         experts = experts + np.where(act, 0, self.rows * routed * (self.li + weighted))
         # FP32 logits, scores and the balance loss's scores, and the picks' weights and indices.
-        copy = 4 * d * (self.b < 4) * self.framework.float_router
+        copy = 4 * d * ((self.b < 4) & self.framework.float_router & ~recompute["norms"])
         router = self.ts * (12 * m.n_routed_experts + 12 * m.num_experts_per_tok + copy)
         return {
             "norms": np.where(everything, 0, self._norm_input())
-            + np.where(everything | recompute["norms"], 0, output),
+            + np.where(
+                everything | recompute["norms"], self._travelled(d, everything) * (shared > 0), output
+            ),
             "router": np.where(everything, 0, router),
             "experts": np.where(everything, 0, experts),
         }
@@ -199,6 +205,11 @@ class Activations:
     def embedding(self) -> Parts:
         """Token ids."""
         return {"ends": 8 * self.t}
+
+    def _travelled(self, width: int, dropped: Column) -> Column:
+        """Of a product's input that is made again: what `tp` gathered for it, which is not sent twice."""
+        here = (self.candidates.tp > 1) & (not self.framework.regathers) & ~dropped
+        return np.where(here, self.t * width * self.b, 0)
 
     def _norm_input(self) -> Column:
         return self.ts * (self._normed * self.spec.hidden_size + 4)
@@ -235,11 +246,15 @@ class Activations:
         # Latents before their norms; after them, and what the up-projections make of them.
         total = self.ts * (self._normed * low + b * a.qk_rope_head_dim)
         up = recompute["mla_up_proj"]
-        total = total + np.where(up | recompute["norms"], 0, self.li * self.gathered * low)
+        again = up | recompute["norms"]
+        total = total + np.where(again, self._travelled(low, recompute["all"]), self.li * self.gathered * low)
         up_projected = b * heads * (t * a.qk_head_dim + keys * (a.qk_head_dim + value))
         output = self._output(heads, a.v_head_dim)
         if self.framework.padded_values:
-            output = output + t * heads * a.qk_head_dim * b
+            # The kernel's result, and what is cut out of it for the next product, which is cut out again
+            # where cheap things are made twice.
+            cut = np.where(recompute["norms"], t * heads * 4, output)
+            output = cut + t * heads * a.qk_head_dim * b
         return total + np.where(up, 0, up_projected) + output + self._indexer()
 
     def _output(self, heads: Column, width: int) -> Column:

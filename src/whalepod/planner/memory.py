@@ -231,8 +231,21 @@ class _Work:
         # The embedding's gradient comes last, when its micro-batch has left everything else behind.
         first = np.where(has["embedding"], ends - (size * layers.embedding).sum(-1), 0)
         block = exchange + working
-        at_loss = (loss >= block) & (loss >= first)
+        # Of blocks' gradients nothing is on its way yet when the loss is there, nor, with one micro-batch,
+        # has any arrived.
+        sent = out.pop("sent")
+        late = np.broadcast_to(self.framework.late_gradients, sent.shape)
+        alone = late & (c.accumulation[rows, None] <= 1) & (c.zero[rows, None] > 1)
+        saved = np.where(late, sent, 0) + np.where(alone, out["gradients"], 0)
+        at_loss = (loss - saved >= block) & (loss - saved >= first)
         at_block = ~at_loss & (block >= first)
+        # Weights come one by one while what a micro-batch of the stage left goes.
+        left = size.sum(-1) if size.shape[-1] == 1 else 0
+        stays = np.maximum(out.pop("stays") - out["gathered"] - left, 0)
+        out["gathered"] = out["gathered"] + stays + np.where(at_loss & late, 0, sent)
+        # One micro-batch's activations go as its blocks' gradients come.
+        rest = np.where(at_loss, 0, np.maximum(out["gradients"] - out["activations"], 0))
+        out["gradients"] = np.where(alone, rest, out["gradients"])
         out["logits"] = out["logits"] + np.where(at_loss, loss, 0)
         out["exchange"] = np.where(at_block, exchange, 0)
         out["working"] = np.where(at_block, working, np.where(at_loss, 0, first))

@@ -15,6 +15,7 @@ from whalepod.planner.training import Step
 from whalepod.spec.counts import train_flops
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
+from whalepod.spec.stages import split_stages
 
 
 def plan_training(job: TrainingJob, top: int = 5) -> TrainingAnswer:
@@ -101,6 +102,14 @@ def time_layout(job: TrainingJob, layout: Layout) -> TrainingPlan:
     times = job.times(Candidates.of([layout]))
     found = Search(job, times, job.memory(times.candidates))
     return _plan(found, 0, times.time_step(0))
+
+
+def time_run(job: TrainingJob, layout: Layout) -> TrainingPlan:
+    """The same as `whalepod train` runs it: stages that nobody cut are cut by FLOPs, not by times."""
+    if layout.pp > 1 and layout.stage_layers is None:
+        split = split_stages(job.spec, layout.num_stages, job.sequence_length)
+        layout = replace(layout, stage_layers=tuple(end - start for start, end in split.layers))
+    return time_layout(job, layout)
 
 
 def _plan(found: Search, row: int, step: Step) -> TrainingPlan:

@@ -31,7 +31,8 @@ class StateTypes:
 
     The default is Megatron's: BF16 weights, FP32 gradient sums, masters and Adam moments.
     shards_weights: with ZeRO 3 shards of the weights lie beside those of the masters; else (FSDP2 over FP32
-    parameters) weights are made from the masters as they are gathered.
+    parameters) weights are made from the masters as they are gathered. whole_in_pipelines: a pipeline reduces
+    gradients once a step (torch's do), so they lie whole whatever ZeRO's stage.
     """
 
     weight: float = 2
@@ -40,17 +41,18 @@ class StateTypes:
     moment1: float = 4
     moment2: float = 4
     shards_weights: bool = True
+    whole_in_pipelines: bool = False
 
 
 MEGATRON_STATE = StateTypes()
 DEEPSEEK_STATE = StateTypes(moment1=2, moment2=2)
 """BF16 moments (DeepSeek-V3, section 3.3.2)."""
-OWN_STATE = StateTypes(shards_weights=False)
+OWN_STATE = StateTypes(shards_weights=False, whole_in_pipelines=True)
 """This project's runtime: 18 bytes per parameter replicated, 16 / shards fully sharded."""
 BF16_STATE = StateTypes(master=0, gradient=2, moment1=2, moment2=2)
 """BF16 throughout, without masters: 8 bytes."""
 
-STATE = ("weights", "gradients", "optimizer", "gathered")
+STATE = ("weights", "gradients", "optimizer", "gathered", "sent", "stays")
 SHARERS = ("plain", "experts")
 Counts = Mapping[str, np.ndarray]
 """How many of each unit a pipeline rank's stages hold, [pp, stages]. Units: blocks (`dense`, `moe`),
@@ -81,7 +83,8 @@ class State:
         return ("dense",) if self.spec.moe is None else ("dense", "moe")
 
     def of(self, counts: Counts, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`weights`, `gradients`, `optimizer` (masters and moments), and `gathered`."""
+        """`weights`, `gradients`, `optimizer` (masters and moments), `gathered`; `sent`: gradients of one
+        block on their way to shards; `stays`: weights that a pipeline's backward pass leaves gathered."""
         number = self._number(counts)
         c, types = self.candidates, self.types
         zero, fsdp = c.zero[rows, None], c.fsdp[rows, None]
@@ -89,6 +92,7 @@ class State:
         made = (fsdp > 1) & (not types.shards_weights)
         # In FP32 the weights are the masters, unless they are gathered copies of these.
         same = (c.precision[rows] == "fp32")[:, None] & ~made
+        whole = (c.pp[rows, None] > 1) & types.whole_in_pipelines
         moments = types.moment1 + types.moment2
         out = {name: np.zeros((len(rows), len(number["head"]))) for name in STATE}
         held = self.elements(counts, rows)
@@ -96,7 +100,7 @@ class State:
             shards, elements = self.shards[sharer][rows, None], held[sharer]
             weights = sum(number[u] * self.bytes[u][sharer][rows, None] for u in number)
             out["weights"] += np.where(zero < 3, weights, np.where(made, 0, weights / shards))
-            out["gradients"] += elements * types.gradient / np.where(zero > 1, shards, 1)
+            out["gradients"] += elements * types.gradient / np.where((zero > 1) & ~whole, shards, 1)
             out["optimizer"] += elements * (np.where(same, 0, types.master) + moments) / shards
             # Two blocks are whole, one at work and the next on its way, and so are the ends, which are needed
             # from the first to the last; of gradients one block's, beside what is sent of it.
@@ -106,9 +110,11 @@ class State:
                 for per in (self.bytes, self.local)
             )
             ends = sum((number[u] > 0) * self.bytes[u][sharer][rows, None] for u in ("embedding", "head"))
-            out["gathered"] += np.where((zero == 3) & ((shards > 1) | made), 2 * weight + ends, 0)
+            gathers = (zero == 3) & ((shards > 1) | made)
+            out["gathered"] += np.where(gathers, 2 * weight + ends, 0)
+            out["stays"] += np.where(gathers & whole, weights, 0)
             sent = gradient * (self.compute[rows, None] + types.gradient)
-            out["gathered"] += np.where((zero > 1) & (shards > 1), sent, 0)
+            out["sent"] += np.where((zero > 1) & (shards > 1), sent, 0)
         return out
 
     def elements(self, counts: Counts, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -46,17 +46,14 @@ def step_traffic(spec: ModelSpec, layout: Layout, sequence_length: int, rank: in
 
 
 class _Move(NamedTuple):
-    """Of activations, in one forward and one backward pass; `repeats`: in a recomputed pass too."""
+    """Bytes of activations in a forward and in a backward pass. repeats: in a recomputed pass too, which ends
+    with the last tensor that the backward pass wants; what moves after that does not."""
 
     axis: str
     op: str
     forward: float
     backward: float
     repeats: bool = True
-
-    @property
-    def back(self) -> str:
-        return TRANSPOSED.get(self.op, self.op)
 
 
 class _Piece(NamedTuple):
@@ -80,22 +77,35 @@ class _Piece(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def reached(moe: MoE, nodes: int, places: int) -> tuple[float, float]:
+def reached(moe: MoE, nodes: int, places: int, tokens: int) -> tuple[float, float]:
     """Nodes, and ranks, that a token's experts lie on, on average: of `nodes` x `places` ranks that share the
-    experts out. Drawn, by the router's own rule: the best groups hold the best experts, so picks are no even
-    choice among the groups' experts."""
-    experts = moe.n_routed_experts
-    scores = np.random.default_rng(0).random((DRAWN_TOKENS, experts))
-    if moe.topk_method != "greedy" and moe.n_group > 1:
-        grouped = scores.reshape(DRAWN_TOKENS, moe.n_group, -1)
+    experts out, with loads of `tokens` tokens that are even.
+
+    Drawn, by the router's own rule: the best groups are those with the best experts, so picks are no even
+    choice among all of their experts. But picks beyond an expert's share, `moved` of all, go to any in the
+    groups that their token has reached.
+    """
+    experts, k, rows = moe.n_routed_experts, moe.num_experts_per_tok, np.arange(DRAWN_TOKENS)[:, None]
+    groups = 1 if moe.topk_method == "greedy" else moe.n_group
+    random = np.random.default_rng(0)
+    scores = random.random((DRAWN_TOKENS, experts))
+    if groups > 1:
+        grouped = scores.reshape(DRAWN_TOKENS, groups, -1)
         best = np.sort(grouped, axis=-1)[..., -2:].sum(-1) if moe.selection_bias else grouped.max(-1)
         limit = np.sort(best, axis=-1)[:, -moe.topk_group, None]
-        scores = np.where((best >= limit)[..., None], grouped, -1.0).reshape(DRAWN_TOKENS, experts)
-    picks = np.argpartition(scores, -moe.num_experts_per_tok)[:, -moe.num_experts_per_tok :]
-    ranks = np.zeros((DRAWN_TOKENS, nodes, places), dtype=bool)
+        scores = np.where((best >= limit)[..., None], grouped, -2.0).reshape(DRAWN_TOKENS, experts)
+    picks = np.argpartition(scores, -k)[:, -k:]
+    # Mean excess of a count that scatters by its root.
+    moved = 0.4 * min(1.0, (experts / (tokens * k)) ** 0.5)
+    open_groups = np.zeros((DRAWN_TOKENS, groups), dtype=bool)
+    open_groups[rows, picks * groups // experts] = True
+    scores = np.where(open_groups.repeat(experts // groups, axis=1), random.random(scores.shape), -2.0)
+    scores[rows, picks] = np.where(random.random(picks.shape) < moved, -1.0, 1.0)
+    picks = np.argpartition(scores, -k)[:, -k:]
     rank = picks * nodes * places // experts
-    ranks[np.arange(DRAWN_TOKENS)[:, None], rank // places, rank % places] = True
-    return float(ranks.any(2).sum(1).mean()), float(ranks.sum((1, 2)).mean())
+    hit = np.zeros((DRAWN_TOKENS, nodes, places), dtype=bool)
+    hit[rows, rank // places, rank % places] = True
+    return float(hit.any(2).sum(1).mean()), float(hit.sum((1, 2)).mean())
 
 
 @dataclass(eq=False)
@@ -121,19 +131,14 @@ class _Step:
 
     def count(self) -> None:
         for stage in range(self.stages):
-            blocks = [
-                (move, self.held[unit][stage])
-                for unit in ("dense", "moe")
-                if unit in self.held and self.held[unit][stage]
-                for move in self.block(unit)
-            ]
-            self.passes(blocks, self.repeated[self.own[stage]])
-            self.passes([(move, 1) for move in self.ends(stage)], 0)
+            for unit in ("dense", "moe"):
+                if count := self.held.get(unit, [0] * self.stages)[stage]:
+                    self.passes(self.block(unit), count, self.repeated[self.own[stage]])
+            self.passes(self.ends(stage))
         self.messages()
         if self.layout.fsdp > 1:
             self.sharded()
-        else:
-            self.replicated()
+        self.sums()
         self.once()
 
     # ------------------------------------------------------------------------------------- what a rank has
@@ -202,21 +207,20 @@ class _Step:
                 times[action.stage] += action.kind == "I" and action.stage > 0
         return times
 
-    def passes(self, moves: list[tuple[_Move, int]], repeated: int) -> None:
-        """All micro-batches' forward and backward passes, and so many repeated ones."""
-        for move, count in moves:
+    def passes(self, moves: Iterator[_Move], count: int = 1, repeated: int = 0) -> None:
+        """All micro-batches' forward and backward passes, and so many repeated ones, of `count` layers."""
+        for move in moves:
             times = self.layout.accumulation_steps
             forward = times + (repeated if move.repeats else 0)
             self.add(move.axis, move.op, count * forward * move.forward)
-            self.add(move.axis, move.back, count * times * move.backward)
+            self.add(move.axis, TRANSPOSED.get(move.op, move.op), count * times * move.backward)
 
     def move(self, axis: str, op: str, width: float, repeats: bool = True) -> _Move:
         """Of so many bytes for each token inside matrices."""
         return _Move(axis, op, self.t * width, self.t * width, repeats)
 
     def block(self, unit: str) -> Iterator[_Move]:
-        spec, b, d = self.spec, self.b, self.spec.hidden_size
-        a = spec.attention
+        spec, b, d, a = self.spec, self.b, self.spec.hidden_size, self.spec.attention
         if isinstance(a, GQA):
             gathered, kept = d, 2 * a.num_key_value_heads * a.head_dim / self.layout.tp
         else:
@@ -252,8 +256,8 @@ class _Step:
             told = [("ep", layout.ep)]
             carried = 1
         else:
-            legs = list(zip(("ep_rail", "ep_node"), reached(moe, nodes, places), strict=True))
-            legs = [(axis, tokens * rows) for axis, rows in legs]
+            rail, node = reached(moe, nodes, places, round(tokens))
+            legs = [("ep_rail", tokens * rail), ("ep_node", tokens * node)]
             told = [("ep_rail", nodes * (1 + 2 * places)), ("ep_node", places * 2)]
             carried = picks
         there = d + d // FP8_BLOCK * FLOAT if layout.wire == "fp8" else body
@@ -295,9 +299,9 @@ class _Step:
         }
         for layer in range(spec.num_hidden_layers + 1):
             units["moe" if spec.is_moe_layer(layer) else "dense"] = layer_params(spec, layer)
-        return {unit: [*self.cut(replace(params, selection_bias=0))] for unit, params in units.items()}
+        return {unit: [*self.pieces_of(replace(params, selection_bias=0))] for unit, params in units.items()}
 
-    def cut(self, params: Params) -> Iterator[_Piece]:
+    def pieces_of(self, params: Params) -> Iterator[_Piece]:
         layout, d, a = self.layout, self.spec.hidden_size, self.spec.attention
         columns = {"norms": 1, "attn_bias": 1, "mtp_proj": 2 * d}
         if not isinstance(a, GQA):
@@ -308,8 +312,7 @@ class _Step:
                 yield self.experts(number / (layout.ep * layout.expert_tp))
                 continue
             elements = number / (layout.tp if kind.cut else 1)
-            # tp's own ranks hold different parts: only replicas of the data sum these.
-            sums = ("dp_replicate", "data") if kind.cut and layout.tp > 1 else ("replicas", "stage")
+            sums = self.summed(bool(kind.cut) and layout.tp > 1)
             if name in ("dense_mlp", "shared_experts"):
                 # gate and up have the width as rows, down has it as columns.
                 yield _Piece(elements * 2 / 3, elements / (3 * d), "fsdp", *sums)
@@ -323,16 +326,19 @@ class _Step:
         assert moe is not None
         shards = "expert_shard" if layout.ep > 1 else "fsdp"
         size, rows = self.size(shards), moe.n_routed_experts // layout.ep
+        # FSDP2 cuts their hidden dimension where their number does not divide.
         rows = d if rows % size and d % size == 0 else rows
-        if layout.ep > 1:
-            return _Piece(elements, rows, shards, "dp_replicate", "expert_data")
-        sums = ("dp_replicate", "data") if layout.tp > 1 else ("replicas", "stage")
+        sums = ("dp_replicate", "expert_data") if layout.ep > 1 else self.summed(layout.tp > 1)
         return _Piece(elements, rows, shards, *sums)
 
+    @staticmethod
+    def summed(cut: bool) -> tuple[str, str]:
+        """tp's ranks hold different parts of what it cuts, and see other tokens with what it repeats."""
+        return ("dp_replicate", "data") if cut else ("replicas", "stage")
+
     def sharded(self) -> None:
-        """FSDP2 gathers weights and scatters gradients unit by unit; replicas add up what is scattered."""
+        """FSDP2 gathers weights and scatters gradients unit by unit."""
         layout = self.layout
-        index = {axis: self.groups[axis].index(self.rank) for axis in ("fsdp", "expert_shard")}
         for stage in range(self.stages):
             for unit, held in self.held.items():
                 gathers = held[stage] * self.gathers(stage, whole=unit in ("embedding", "head"))
@@ -342,30 +348,24 @@ class _Step:
                     padded = piece.padded(self.size(piece.shards))
                     self.add(piece.shards, "all_gather", gathers * padded * self.b)
                     self.add(piece.shards, "reduce_scatter", scatters * padded * FLOAT)
-        for unit, count in self.distinct.items():
-            for piece in self.pieces[unit]:
-                local = piece.local(self.size(piece.shards), index[piece.shards])
-                self.add(piece.rest, "all_reduce", count * local * FLOAT)
-                if unit == "embedding" and self.copies:
-                    self.add("ends", "all_reduce", local * FLOAT)
 
-    def replicated(self) -> None:
+    def sums(self) -> None:
+        """Gradients that FSDP2 has not summed, and those of an embedding that two pipeline ranks have."""
+        index = {axis: self.groups[axis].index(self.rank) for axis in ("fsdp", "expert_shard")}
         for unit, count in self.distinct.items():
             for piece in self.pieces[unit]:
-                self.add(piece.sums, "all_reduce", count * piece.elements * FLOAT)
-                if unit == "embedding" and self.copies:
-                    self.add("ends", "all_reduce", piece.elements * FLOAT)
+                axis, local = piece.sums, piece.elements
+                if self.layout.fsdp > 1:
+                    axis, local = piece.rest, piece.local(self.size(piece.shards), index[piece.shards])
+                self.add(axis, "all_reduce", count * local * FLOAT)
+                if unit == "embedding" and self.shared and RULES[self.layout.schedule].placement != "v":
+                    self.add("ends", "all_reduce", local * FLOAT)
 
     @cached_property
     def distinct(self) -> dict[str, int]:
         """Units of this rank; both ends' embedding is one where they share a rank."""
         distinct = {unit: sum(held) for unit, held in self.held.items()}
         return distinct | {"embedding": min(distinct["embedding"], 1)}
-
-    @cached_property
-    def copies(self) -> bool:
-        """Whether this rank and another have the embedding."""
-        return self.shared and RULES[self.layout.schedule].placement != "v" and self.size("ends") > 1
 
     def gathers(self, stage: int, whole: bool) -> int:
         """How often a unit of a stage is gathered in a step; `whole`: the ends, which stay gathered."""
@@ -385,12 +385,7 @@ class _Step:
         order = [action.stage for action in self.order]
         times, active = dict.fromkeys(self.own, 0), set()
         for at in range(len(order)):
-            wanted: list[int] = []
-            for stage in order[at:]:
-                if len(wanted) == KEPT_STAGES:
-                    break
-                if stage not in wanted:
-                    wanted.append(stage)
+            wanted = [*dict.fromkeys(order[at:])][:KEPT_STAGES]
             for stage in wanted:
                 times[stage] += stage not in active
             active = set(wanted)

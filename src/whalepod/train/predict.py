@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from whalepod.planner.plan import time_layout
+from whalepod.planner.plan import time_run
 from whalepod.planner.search import TrainingJob
 from whalepod.planner.software import load_software
 from whalepod.planner.traffic import step_traffic
@@ -56,7 +56,7 @@ def predict(
         *(spec, cluster, load_software("whalepod"), layout.global_batch, sequence_length, layout.precision),
         mtp=spec.num_nextn_predict_layers > 0,
     )
-    plan = time_layout(job, layout)
+    plan = time_run(job, layout)
     return Prediction(
         hardware=gpu.title,
         calibrated=gpu.measured is not None,
