@@ -51,6 +51,8 @@ class Framework:
     copies: of the rows that travel to or from experts, how many exist at a time: what is sent, what is
     received, and in Megatron the rows dispatched, which its layer still names while their results return.
     late_gradients: blocks' gradients take memory only once there are any (Megatron's buffers always do).
+    waits_with_gradients: between the halves of a split backward pass the gradients of all products' results
+    wait, and with them what was recomputed (torch's pipelines).
     """
 
     logits: float = 2
@@ -64,6 +66,7 @@ class Framework:
     padded_values: bool = False
     copies: int = 3
     late_gradients: bool = False
+    waits_with_gradients: bool = False
 
 
 MEGATRON = Framework()
@@ -78,6 +81,7 @@ OWN = Framework(
     padded_values=True,
     copies=2,
     late_gradients=True,
+    waits_with_gradients=True,
 )
 OWN_CPU = replace(OWN, fused_norms=False)
 """The runtime of `parallel/` and `models/`, on GPUs and on CPUs."""
@@ -284,6 +288,25 @@ class Activations:
             return self.framework.copies * self.rows * d * b, residual
         # SwiGLU's backward pass has one gradient in and two out; its output went with the product behind it.
         return np.zeros(len(c)), residual + self.t * b * 2 * self.spec.intermediate_size / c.tp
+
+    def waiting(self, kind: str) -> Column:
+        """Gradients of the results of a block's products, which wait for its weights' gradients."""
+        spec, c, t, a = self.spec, self.candidates, self.t, self.spec.attention
+        d, heads = spec.hidden_size, spec.num_attention_heads / c.tp
+        if isinstance(a, GQA):
+            wide = t * (heads + 2 * a.num_key_value_heads / c.tp) * a.head_dim
+        else:
+            low = self.ts * ((a.q_lora_rank or 0) + a.latent_dim)
+            wide = low + t * heads * (a.qk_head_dim + a.qk_nope_head_dim + a.v_head_dim)
+        total = wide + t * d
+        if kind == "dense":
+            return self.b * (total + t * (2 * spec.intermediate_size / c.tp + d))
+        m = spec.moe
+        assert m is not None
+        shared = m.n_shared_experts * m.moe_intermediate_size / c.tp
+        total = total + (shared > 0) * t * (2 * shared + d)
+        total = total + self.rows * (2 * m.moe_intermediate_size / c.expert_tp + d)
+        return self.b * total + 4.0 * self.ts * m.n_routed_experts
 
 
 def added(*parts: Parts) -> Parts:

@@ -33,21 +33,24 @@ def representative(schedule: str, pp: int, micro_batches: int) -> int:
     return micro_batches if schedule == "gpipe" else min(micro_batches, _FILLED * pp)
 
 
-def held(schedule: str, pp: int, stages: int, micro_batches: int) -> np.ndarray:
+def held(schedule: str, pp: int, stages: int, micro_batches: int, waiting: bool = False) -> np.ndarray:
     """[pp, moments, stages] micro-batches held of each stage of each rank; rows beyond a rank's last
-    moment repeat one. What the schedule does not accept is answered for the next number that it does."""
+    moment repeat one. What the schedule does not accept is answered for the next number that it does.
+
+    waiting: as many columns more tell how many of them are between the halves of their backward pass.
+    """
     micro_batches = max(1, micro_batches)
     if pp == 1:
-        return np.ones((1, 1, 1), dtype=np.int64)
+        return np.array([[[1, 0] if waiting else [1]]], dtype=np.int64)
     if not RULES[schedule].accepts(pp, micro_batches):
         micro_batches = next(
             m for m in range(micro_batches, micro_batches + 2 * pp) if RULES[schedule].accepts(pp, m)
         )
-    return _held(schedule, pp, stages, representative(schedule, pp, micro_batches))
+    return _held(schedule, pp, stages, representative(schedule, pp, micro_batches), waiting)
 
 
 @lru_cache(maxsize=4096)
-def _held(schedule: str, pp: int, stages: int, micro_batches: int) -> np.ndarray:
+def _held(schedule: str, pp: int, stages: int, micro_batches: int, waiting: bool) -> np.ndarray:
     ranks = range(pp)
     if schedule == "gpipe":
         moments = [np.array([[micro_batches]])] * pp
@@ -57,7 +60,8 @@ def _held(schedule: str, pp: int, stages: int, micro_batches: int) -> np.ndarray
         moments = [_in_turns(schedule, rank, pp, stages, micro_batches) for rank in ranks]
     else:
         moments = [_played(order) for order in schedule_actions(schedule, pp, stages, micro_batches)]
-    most = [_undominated(m) for m in moments]
+    whole = [m if m.shape[1] == 2 * stages else np.concatenate([m, 0 * m], axis=1) for m in moments]
+    most = [_undominated(m if waiting else m[:, :stages]) for m in whole]
     length = max(map(len, most))
     out = np.stack([np.concatenate([m, np.repeat(m[-1:], length - len(m), axis=0)]) for m in most])
     out.flags.writeable = False
@@ -65,7 +69,8 @@ def _held(schedule: str, pp: int, stages: int, micro_batches: int) -> np.ndarray
 
 
 def _in_turns(schedule: str, rank: int, pp: int, stages: int, micro_batches: int) -> np.ndarray:
-    """After each turn's forward: `warm` forwards came before, and a backward with every turn.
+    """After each turn's forward: `warm` forwards came before, and a backward with every turn; where it is
+    split, also those that wait for its second half.
 
     A split backward pass lets go with its weights' part, which follows `rank` turns after the other.
     """
@@ -81,21 +86,23 @@ def _in_turns(schedule: str, rank: int, pp: int, stages: int, micro_batches: int
     turn = np.arange(stages * micro_batches)
     begun = np.minimum(warm + turn + 1, stages * micro_batches)
     ended = np.maximum(turn - rank, 0) if split else turn
-    return forward[begun] - freed[ended]
+    now = forward[begun] - freed[ended]
+    return np.concatenate([now, freed[turn] - freed[ended]], axis=1) if split else now
 
 
 def _played(order: list) -> np.ndarray:
-    """Of a list of steps: what is held after each forward."""
+    """Of a list of steps: what is held of each stage after each forward, and what waits."""
     stages = sorted({action.stage for step in order for action in actions_of(step)})
-    now = dict.fromkeys(stages, 0)
+    now, waits = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)
     moments: set[tuple[int, ...]] = set()
     for step in order:
         # Together, forward is there before backward frees anything.
         for action in actions_of(step):
             now[action.stage] += action.kind == "F"
-        moments.add(tuple(now.values()))
+        moments.add((*now.values(), *waits.values()))
         for action in actions_of(step):
             now[action.stage] -= action.kind in "BW"
+            waits[action.stage] += (action.kind == "I") - (action.kind == "W")
     return np.array(sorted(moments), dtype=np.int64)
 
 

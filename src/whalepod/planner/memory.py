@@ -132,7 +132,8 @@ def training_memory(
         alike = np.array([representative(schedule, pp, int(m)) for m in accumulation])
         for micro_batches in np.unique(alike):
             some = rows[alike == micro_batches]
-            found, parts = work.pipeline(layers, held(schedule, pp, stages, int(micro_batches)), some)
+            in_flight = held(schedule, pp, stages, int(micro_batches), framework.waits_with_gradients)
+            found, parts = work.pipeline(layers, in_flight, some)
             for name, values in found.items():
                 categories[name][some, :pp] = values
             for name, values in parts.items():
@@ -169,13 +170,22 @@ class _Work:
             for part in PARTS
         }
         size = sum(parts.values(), np.zeros(()))
+        sizes, stages = size, layers.dense.shape[-1]
+        if self.framework.waits_with_gradients:
+            zeros = np.zeros(size.shape)
+            per = {kind: self._a.waiting(kind) + self._again[kind] for kind in self._state.block_kinds}
+            waits = sum((counts[kind] * per[kind][rows, None, None] for kind in per), zeros)
+            sizes = np.concatenate([size, waits], axis=-1)
         # [pp, rows, moments]
-        sums = np.matmul(size.transpose(1, 0, 2), in_flight.transpose(0, 2, 1).astype(float))
+        sums = np.matmul(sizes.transpose(1, 0, 2), in_flight.transpose(0, 2, 1).astype(float))
         best = sums.argmax(-1)
         now = in_flight[np.arange(len(best))[:, None], best].transpose(1, 0, 2)  # [rows, pp, stages]
-        activations = {part: (now * of_stages).sum(-1) for part, of_stages in parts.items()}
+        activations = {part: (now[..., :stages] * of_stages).sum(-1) for part, of_stages in parts.items()}
         out["activations"] = sum(activations.values(), np.zeros(()))
+        stashed = (now * sizes).sum(-1) - out["activations"]
+        in_flight = in_flight[..., :stages]
         self._moment(out, layers, counts, size, in_flight, rows)
+        out["working"] = out["working"] + stashed
         grouped = 0 if self.spec.moe is None else self.overhead.grouped_workspace
         out["workspace"] = np.full_like(out["weights"], self.overhead.workspace + grouped)
         if self.framework.dummy_gradients:
