@@ -35,6 +35,7 @@ def test_make_targets_exist_and_the_second_is_what_ci_runs() -> None:
 @pytest.mark.slow
 def test_the_tour(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WHALEPOD_HOME", str(tmp_path / "home"))  # the profile is for this test alone
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     tour = [line for line in commands() if line[0] == "whalepod"]
     assert len(tour) >= 8
@@ -43,6 +44,10 @@ def test_the_tour(tmp_path, monkeypatch, capsys) -> None:
         small = [re.sub(r"(?<=train.steps=)(\d+)", lambda m: str(int(m[0]) // 5), part) for part in line[1:]]
         if line[1] == "train":
             small += ["data.sequence_length=64", "layout.micro_batch=4", "layout.global_batch=8"]
+        elif line[1] == "calibrate":
+            small += ["--quick"]
+        elif "--measure" in line:
+            small += ["--global-batch", "8", "--sequence-length", "64"]
         assert main(small) == 0, (line, capsys.readouterr().err)
     out = capsys.readouterr().out
     assert "deepseek-v3" in out
