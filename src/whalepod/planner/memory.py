@@ -245,7 +245,7 @@ class _Work:
         # has any arrived.
         sent = out.pop("sent")
         late = np.broadcast_to(self.framework.late_gradients, sent.shape)
-        alone = late & (c.accumulation[rows, None] <= 1) & (c.zero[rows, None] > 1)
+        alone = late & ((c.accumulation <= 1) & (c.zero > 1) & (c.fsdp > 1))[rows, None]
         saved = np.where(late, sent, 0) + np.where(alone, out["gradients"], 0)
         at_loss = (loss - saved >= block) & (loss - saved >= first)
         at_block = ~at_loss & (block >= first)
