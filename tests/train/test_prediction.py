@@ -66,7 +66,7 @@ def test_scale_measures_the_counts_of_this_machine(monkeypatch, tmp_path) -> Non
     monkeypatch.setattr(measured_scale, "train", measured)
     picture = tmp_path / "scale.png"
     arguments = [*MEASURE, "--counts", "1,2", "--picture", str(picture), "--json"]
-    monkeypatch.setattr(measured_scale, "counts_here", lambda gpu: [1, 2])
+    monkeypatch.setattr(measured_scale, "counts_here", lambda gpu, wanted: wanted)
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     doc = json.loads(result.stdout)
@@ -90,7 +90,7 @@ def test_scale_measures_the_counts_of_this_machine(monkeypatch, tmp_path) -> Non
         (["scale", "v3-mini", "--gpu", "cpu", "--for", "serve", "--measure"], "--measure runs training"),
         ([*MEASURE, "--software", "deepseek"], "leave --software out"),
         (["scale", "deepseek-v3.2", *MEASURE[2:]], "cannot be trained|not trained yet"),
-        ([*MEASURE, "--counts", "512"], "this machine has|nodes of cpu"),
+        ([*MEASURE, "--counts", "512"], "this machine has"),
         ([*MEASURE, "--counts", "1", "--global-batch", "65536"], "smaller --global-batch"),
     ],
 )

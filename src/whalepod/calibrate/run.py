@@ -1,10 +1,15 @@
-"""The whole calibration: kernels on one device, then collectives among all. A CPU is one-threaded workers."""
+"""The whole calibration: kernels on one device, then collectives among all.
+
+A CPU is workers of one thread. They share its memory, so that one is measured while all are at work.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.synchronize import Semaphore
 
 import torch
 
@@ -33,7 +38,7 @@ def calibrate(
     place = local_device(device)
     report = progress or (lambda stage, done, total: None)
     workers = min(MAX_WORKERS, torch.cuda.device_count() if place.type == "cuda" else cores())
-    with _one_thread(place):
+    with _one_thread(place), _others_busy(place, workers, sizes):
         kernels = time_kernels(place, sizes, report)
     stream_peak = kernels.pop("peak_gb_s")
     gpu = described(place, name, kernels["products"], stream_peak)
@@ -59,3 +64,32 @@ def _one_thread(place: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _others_busy(place: torch.device, workers: int, sizes: Sizes) -> Iterator[None]:
+    """The other cores do the same kernels meanwhile."""
+    context = multiprocessing.get_context("spawn")
+    ready = context.Semaphore(0)
+    others = [
+        context.Process(target=_keep_busy, args=(sizes, ready), daemon=True)
+        for _ in range(workers - 1 if place.type == "cpu" else 0)
+    ]
+    for other in others:
+        other.start()
+    try:
+        for _ in others:
+            ready.acquire()
+        yield
+    finally:
+        for other in others:
+            other.terminate()
+            other.join()
+
+
+def _keep_busy(sizes: Sizes, ready: Semaphore) -> None:
+    place = torch.device("cpu")
+    with _one_thread(place):
+        ready.release()
+        while True:
+            time_kernels(place, sizes, lambda stage, done, total: None)

@@ -53,15 +53,14 @@ def held(schedule: str, pp: int, stages: int, micro_batches: int, waiting: bool 
 def _held(schedule: str, pp: int, stages: int, micro_batches: int, waiting: bool) -> np.ndarray:
     ranks = range(pp)
     if schedule == "gpipe":
-        moments = [np.array([[micro_batches]])] * pp
+        moments = [np.array([[micro_batches, 0]])] * pp
     elif schedule == "1f1b":
-        moments = [np.array([[min(micro_batches, pp - rank)]]) for rank in ranks]
+        moments = [np.array([[min(micro_batches, pp - rank), 0]]) for rank in ranks]
     elif schedule.startswith("interleaved"):
         moments = [_in_turns(schedule, rank, pp, stages, micro_batches) for rank in ranks]
     else:
         moments = [_played(order) for order in schedule_actions(schedule, pp, stages, micro_batches)]
-    whole = [m if m.shape[1] == 2 * stages else np.concatenate([m, 0 * m], axis=1) for m in moments]
-    most = [_undominated(m if waiting else m[:, :stages]) for m in whole]
+    most = [_undominated(m if waiting else m[:, :stages]) for m in moments]
     length = max(map(len, most))
     out = np.stack([np.concatenate([m, np.repeat(m[-1:], length - len(m), axis=0)]) for m in most])
     out.flags.writeable = False
@@ -69,8 +68,8 @@ def _held(schedule: str, pp: int, stages: int, micro_batches: int, waiting: bool
 
 
 def _in_turns(schedule: str, rank: int, pp: int, stages: int, micro_batches: int) -> np.ndarray:
-    """After each turn's forward: `warm` forwards came before, and a backward with every turn; where it is
-    split, also those that wait for its second half.
+    """After each turn's forward, what is held and what waits: `warm` forwards came before, and a backward
+    with every turn.
 
     A split backward pass lets go with its weights' part, which follows `rank` turns after the other.
     """
@@ -86,8 +85,7 @@ def _in_turns(schedule: str, rank: int, pp: int, stages: int, micro_batches: int
     turn = np.arange(stages * micro_batches)
     begun = np.minimum(warm + turn + 1, stages * micro_batches)
     ended = np.maximum(turn - rank, 0) if split else turn
-    now = forward[begun] - freed[ended]
-    return np.concatenate([now, freed[turn] - freed[ended]], axis=1) if split else now
+    return np.concatenate([forward[begun] - freed[ended], freed[turn] - freed[ended]], axis=1)
 
 
 def _played(order: list) -> np.ndarray:

@@ -131,10 +131,9 @@ class Software:
         return self.shares["hopper"].scaled(gpu.reachable.get("bf16", 0.7) / 0.803)
 
 
-CPU_ELEMENTWISE, CPU_LOGITS = 8.0, 4.7
-"""Bytes that the operations of one training step of v3-mini read and write beside products, over what fused
-kernels would (12.4 of 1.5 GB), and those of the head's loss on its logits (75 of 16 bytes each): on CPUs
-every operation is one of its own. Counted, not fitted to times."""
+CPU_ELEMENTWISE, CPU_LOGITS = 8.6, 3.75
+"""Bytes that a training step of v3-mini moves beside products, over what fused kernels would, and those that
+the head's loss moves of its logits: on CPUs every operation stands alone. From `bench/elementwise.py`."""
 
 GRAPHED: Mapping[str, tuple[str, ...]] = {
     "no": (),

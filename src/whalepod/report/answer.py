@@ -132,7 +132,7 @@ def scale(
         from whalepod.report import measured_scale  # needs torch
 
         question = measured_scale.for_this_machine(question, gpu)
-        numbers = numbers or measured_scale.counts_here(question.cluster_of(gpu, 1).gpu)
+        numbers = measured_scale.counts_here(question.cluster_of(gpu, 1).gpu, numbers)
     doc = scaling.scale(question, gpu, numbers, progress)
     if measure:
         measured_scale.measure(question, doc, progress)

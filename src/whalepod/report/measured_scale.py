@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,12 @@ def for_this_machine(question: Question, gpu: str) -> Question:
     )
 
 
-def counts_here(gpu: Gpu) -> list[int]:
-    """1, 2, 4, ... and all of this machine's devices."""
+def counts_here(gpu: Gpu, wanted: Sequence[int] | None = None) -> list[int]:
+    """`wanted`, else 1, 2, 4, ... and all of this machine's devices. Raises UserError for more."""
     most = torch.cuda.device_count() if gpu.architecture != "cpu" else gpu.gpus_per_node
-    return sorted({n for n in (2**i for i in range(most.bit_length())) if n <= most} | {most})
+    if wanted and max(wanted) > most:
+        raise UserError(f"--measure: this machine has {most} devices, --counts asks for {max(wanted)}")
+    return list(wanted or sorted({*(2**i for i in range(most.bit_length())), most}))
 
 
 def measure(question: Question, doc: dict[str, Any], progress: Progress | None = None) -> None:
@@ -62,11 +64,8 @@ def measure(question: Question, doc: dict[str, Any], progress: Progress | None =
     fitting = [point for point in doc["points"] if point["fits"]]
     for point in doc["points"]:
         point |= {"measured_tokens_per_s": None, "measured_speedup": None}
-    most = max(counts_here(question.cluster_of(doc["gpu"], 1).gpu))
     for done, point in enumerate(fitting):
         count = point["num_gpus"]
-        if count > most:
-            raise UserError(f"--measure: this machine has {most} devices, --counts asks for {count}")
         if point["step_s"] > MAX_STEP_S:
             raise UserError(
                 f"--measure: a step on {count} would take {point['step_s']:,.0f} s; give a smaller "

@@ -38,10 +38,9 @@ def _rows(result: RunResult) -> Iterator[Row]:
         yield Row("tokens/s", found.tokens_per_s, result.tokens_per_s)
     if result.counted_gib:
         yield Row("memory, GiB", found.memory_gib, max(result.counted_gib))
-        for axis in sorted({*found.bytes_by_axis, *result.bytes_by_axis}):
-            pair = found.bytes_by_axis.get(axis, 0.0) / GIB, result.bytes_by_axis.get(axis, 0) / GIB
-            if max(pair) > 0:
-                yield Row(f"sent over {axis}, GiB", *pair)
+    sent = result.bytes_by_axis
+    for axis in sorted({*found.bytes_by_axis, *sent}):
+        yield Row(f"sent over {axis}, GiB", found.bytes_by_axis.get(axis, 0.0) / GIB, sent.get(axis, 0) / GIB)
 
 
 def prediction_table(result: RunResult) -> Table | None:

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import time
-from contextlib import nullcontext
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.run import RunConfig
 from whalepod.train.balance import Load
-from whalepod.train.counted import Counted, counted_step
+from whalepod.train.counted import counted as counted_step
 from whalepod.train.data import PackedTokens, TokenFiles, validation_batches
 from whalepod.train.metrics import (
     GIB,
@@ -45,8 +45,9 @@ COUNTED_STEP = 2
 class RunResult:
     """What a run brought. Memory lists have one entry per worker.
 
-    counted_gib: allocated at the peak of one step, and bytes_by_axis: what the first worker handed to
-    collectives in it; empty after a run of fewer than four steps. predicted: the planner's, before the run.
+    traffic_bytes_per_step: what the first handed to collectives in the last step, by axis/operation.
+    counted_gib: allocated at the peak of a step; empty after a run of fewer than four. predicted: the
+    planner's figures from before the run.
     """
 
     folder: str
@@ -60,10 +61,17 @@ class RunResult:
     peak_tflops: float
     memory_gib: list[float]
     state_gib: list[float]
-    traffic_bytes_per_step: dict[str, float] = field(default_factory=dict)
+    traffic_bytes_per_step: dict[str, int] = field(default_factory=dict)
     counted_gib: list[float] = field(default_factory=list)
-    bytes_by_axis: dict[str, int] = field(default_factory=dict)
     predicted: Prediction | None = None
+
+    @property
+    def bytes_by_axis(self) -> dict[str, int]:
+        """`traffic_bytes_per_step` of all operations together."""
+        out: Counter[str] = Counter()
+        for name, count in self.traffic_bytes_per_step.items():
+            out[name.split("/")[0]] += count
+        return dict(out)
 
 
 class Trainer:
@@ -167,22 +175,22 @@ class Trainer:
             reporter = Reporter(self.folder, end, self.progress.step, label, quiet)
         predicted = self._predict() if self.mesh.is_first else None
         timed: list[float] = []
-        counted: Counted | None = None
+        peak_bytes: int | None = None
+        moved: Counter[tuple[str, str]] = Counter()
         loss, validation = float("nan"), None
-        bytes_before, first_step = dict(self.mesh.traffic.bytes), self.progress.step
+        first_step = self.progress.step
         try:
             while self.progress.step < end:
                 # By the third step all that stays has been made; it is counted, if another can be timed.
                 counts = self.progress.step == first_step + COUNTED_STEP < end - 1
-                start = time.perf_counter()
-                with counted_step(self.work) if counts else nullcontext() as found:
-                    main, mtp, norm = self.step()
-                    load: Load | None = self.work.balance(norm)
-                    loss = main.item()
-                seconds = time.perf_counter() - start
+                bytes_before, start = Counter(self.mesh.traffic.bytes), time.perf_counter()
                 if counts:
-                    counted = found
+                    (loss, mtp, norm, load), peak_bytes = counted_step(self.work, self._balanced_step)
                 else:
+                    loss, mtp, norm, load = self._balanced_step()
+                seconds = time.perf_counter() - start
+                moved = self.mesh.traffic.bytes - bytes_before
+                if not counts:
                     timed.append(seconds)
                 rate = self.optimizer.param_groups[0]["lr"]
                 self.progress = replace(
@@ -220,10 +228,10 @@ class Trainer:
             if reporter is not None:
                 reporter.close()
         step_s = statistics.median(timed[WARMUP_TIMED_STEPS:] or timed or [float("nan")])
-        done = max(self.progress.step - first_step, 1)
         state_gib = self.parallel.held_bytes(self.optimizer) / GIB
-        counted_gib = counted.peak / GIB if counted else 0.0
-        memory_rows = axis.all_gather_floats([peak_memory_gib(self.mesh.device), state_gib, counted_gib])
+        memory_rows = axis.all_gather_floats(
+            [peak_memory_gib(self.mesh.device), state_gib, (peak_bytes or 0) / GIB]
+        )
         result = RunResult(
             folder=str(self.folder),
             steps=self.progress.step,
@@ -236,17 +244,18 @@ class Trainer:
             peak_tflops=peak / 1e12,
             memory_gib=[row[0] for row in memory_rows],
             state_gib=[row[1] for row in memory_rows],
-            traffic_bytes_per_step={
-                f"{name}/{op}": (count - bytes_before.get((name, op), 0)) / done
-                for (name, op), count in self.mesh.traffic.bytes.items()
-            },
-            counted_gib=[row[2] for row in memory_rows] if counted else [],
-            bytes_by_axis=counted.bytes_by_axis if counted else {},
+            traffic_bytes_per_step={f"{name}/{op}": count for (name, op), count in moved.items()},
+            counted_gib=[] if peak_bytes is None else [row[2] for row in memory_rows],
             predicted=predicted,
         )
         if self.mesh.is_first:
             (self.folder / "result.json").write_text(json.dumps(asdict(result), indent=1))
         return result
+
+    def _balanced_step(self) -> tuple[float, Tensor, float, Load | None]:
+        main, mtp, norm = self.step()
+        load = self.work.balance(norm)
+        return main.item(), mtp, norm, load
 
     def _predict(self) -> Prediction | None:
         """The planner's figures, written into the run's folder too."""

@@ -85,31 +85,8 @@ def here(device: torch.device) -> Gpu | None:
 
 def _with_threads(gpu: Gpu, threads: int) -> Gpu:
     """Of workers that have so many cores each: arithmetic and memory so many times as fast."""
-    if threads == 1:
-        return gpu
-    found = gpu.measured
-    if found is not None:
-        found = replace(
-            found,
-            peak_tflops={name: value * threads for name, value in found.peak_tflops.items()},
-            peak_gb_s=found.peak_gb_s * threads,
-            stream_gb_s=found.stream_gb_s * threads,
-            gather_gb_s=found.gather_gb_s * threads,
-            optimizer_gb_s=found.optimizer_gb_s * threads,
-            products=tuple(row._replace(flop_s=row.flop_s * threads) for row in found.products),
-            grouped=tuple(row._replace(flop_s=row.flop_s * threads) for row in found.grouped),
-            attention=tuple(
-                row._replace(
-                    forward_flop_s=row.forward_flop_s * threads,
-                    backward_flop_s=row.backward_flop_s * threads,
-                )
-                for row in found.attention
-            ),
-        )
     return replace(
-        gpu,
-        measured=found,
+        gpu,  # what was measured counts in shares of these
         tflops={name: value * threads for name, value in gpu.tflops.items()},
         memory_tb_s=gpu.memory_tb_s * threads,
-        memory_gib=gpu.memory_gib * threads,
     )
