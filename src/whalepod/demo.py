@@ -111,17 +111,17 @@ def run_demo(
 
 
 def demo_table(demo: Demo) -> Table:
-    """Speed, memory and loss of the runs, predicted memory beside measured."""
+    """Speed, memory and loss of the runs, predictions beside measurements."""
     table = Table(box=None, pad_edge=False, show_edge=False)
     for name in (
         "run",
-        "tokens/s",
-        "predicted",
+        "tokens/s\npredicted",
+        "\nmeasured",
         "speed-up",
         "MFU",
-        "state MiB",
-        "predicted",
-        "peak RSS GiB",
+        "state MiB\npredicted",
+        "\nmeasured",
+        "peak RSS\nGiB",
         "loss",
     ):
         table.add_column(name, justify="left" if name == "run" else "right")
@@ -132,12 +132,12 @@ def demo_table(demo: Demo) -> Table:
     for label, result, kind in runs:
         table.add_row(
             label,
-            f"{result.tokens_per_s:,.0f}",
             _expected(result),
+            f"{result.tokens_per_s:,.0f}",
             f"{result.tokens_per_s / demo.alone.tokens_per_s:.2f}",
             f"{result.mfu:.0%}",
-            f"{max(result.state_gib) * 1024:,.0f}",
             f"{demo.predicted_state_mib[kind]:,.0f}",
+            f"{max(result.state_gib) * 1024:,.0f}",
             f"{max(result.memory_gib):.2f}",
             f"{result.loss:.3f} at step {result.steps}",
         )

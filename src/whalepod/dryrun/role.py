@@ -163,8 +163,10 @@ def middle(layout: Layout) -> int:
 
 def enough(layout: Layout) -> int:
     """Micro-batches of a step after which more of them change nothing but the counts."""
-    # One more than fill the pipeline: with them in flight, the sums of gradients are there too.
-    filled = representative(layout.schedule, layout.pp, layout.accumulation_steps) + 1
+    # One more than fill the pipeline: with them in flight, the sums of gradients are there too. Interleaved
+    # rounds stay as long as they are in the whole step, and their third has those sums.
+    filled = representative(layout.schedule, layout.pp, layout.accumulation_steps)
+    filled += not layout.schedule.startswith("interleaved")
     needed = max(2 * middle(layout) + 1, filled)
     while layout.pp > 1 and not RULES[layout.schedule].accepts(layout.pp, needed):
         needed += 1

@@ -13,7 +13,8 @@ recomputation keeps their results instead of communicating again: `SAVED_BY_RECO
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -36,17 +37,38 @@ SAVED_BY_RECOMPUTE = (
 )
 
 
+@torch.library.custom_op("whalepod::keep", mutates_args=())
+def keep(tensor: Tensor) -> Tensor:
+    """A copy that recomputation keeps."""
+    return tensor.clone()
+
+
+keep.register_fake(torch.empty_like)
+SAVED_BY_RECOMPUTE += (torch.ops.whalepod.keep.default,)
+
+
 @dataclass
 class Traffic:
     """Calls and payload bytes of this rank since the start, by (axis, operation).
 
     Payload: the tensor of an all-reduce or broadcast, the result of an all-gather, the input of a
-    reduce-scatter or all-to-all, what a send sends. `paused` while results are replayed, not sent.
+    reduce-scatter or all-to-all, what a send sends. `paused` while results are replayed, not sent; `passing`
+    while what arrives is only passed on, so that recomputation need not keep it.
     """
 
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
     paused: bool = False
+    passing: bool = False
+
+    @contextmanager
+    def only_passed_on(self, so: bool) -> Iterator[None]:
+        """What arrives while this lasts is read by nothing but the next collective, if `so`."""
+        self.passing = so
+        try:
+            yield
+        finally:
+            self.passing = False
 
     def add(self, axis: str, op: str, tensor: Tensor) -> None:
         if not self.paused:

@@ -106,7 +106,7 @@ class _Selective:
 
     Of some results that are dear nobody reads the numbers in the repeated pass: what comes after the last
     product of an MLP or of the experts is added up and leaves the block, and a product whose sum over
-    devices is kept goes only there. No derivative needs them. A stand-in takes their place.
+    devices is kept goes only there; rows on their first of two hops go only on. No derivative needs them. A stand-in takes their place.
     """
 
     def __init__(self, block: Block, found: list[Router], traffic: Traffic) -> None:
@@ -162,7 +162,7 @@ class _Selective:
         if op == _ops.reduce_scatter_tensor.default and self._kept and self._kept[-1][0] == _aten.mm.default:
             self._unread.add(self._kept[-1])
         self._kept.append((op, self._mode.func_counter[op] - 1))
-        if self._in_tail:
+        if self._in_tail or self._traffic.passing:
             self._unread.add(self._kept[-1])
         return CheckpointPolicy.MUST_SAVE
 

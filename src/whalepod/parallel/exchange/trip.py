@@ -16,13 +16,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from whalepod.parallel.comm import Axis, wait
+from whalepod.parallel.comm import Axis, keep, wait
 from whalepod.parallel.exchange.fan import Fan
 from whalepod.parallel.exchange.landing import Landing, land
 from whalepod.parallel.exchange.overlap import Overlapped
@@ -115,12 +116,14 @@ class Trip:
         # Encoded once per token, then copied as bytes.
         body_SB = self.legs[0].fan.spread(self.parcel.encode(x_TD))
         picks = [to_bytes(self.ids_SM), to_bytes(self._of_copies(weights_TK.float()))]
-        self.in_flight = self.legs[0].there(torch.cat([body_SB, *picks], dim=1), "dispatch")
+        with self._passed_on():
+            self.in_flight = self.legs[0].there(torch.cat([body_SB, *picks], dim=1), "dispatch")
 
     def arrive(self) -> tuple[Tensor, Tensor]:
-        parcels = self._landed()
+        with self._passed_on():
+            parcels = self._landed()
         if self.route.onward is not None:
-            leg = self.route.onward(self.parcel.ids(parcels))
+            leg = self.route.onward(keep(self.parcel.ids(parcels)))
             self.legs.append(leg)
             # Unopened: what was rounded at the source is not rounded again.
             parcels = wait(leg.there(leg.fan.spread(parcels), "dispatch"))
@@ -152,6 +155,10 @@ class Trip:
         for leg in self.legs:
             grad_TD = wait(leg.there(leg.fan.spread(grad_TD), "combine_backward"))
         return self.landing.spread(grad_TD)
+
+    def _passed_on(self) -> AbstractContextManager[None]:
+        """Of what a first of two legs brings, the second's route is all that is needed afterwards."""
+        return self.legs[0].axis.traffic.only_passed_on(self.route.onward is not None)
 
     def _of_copies(self, of_picks_TK: Tensor) -> Tensor:
         """What a first copy has to carry of its token's picks: all, or the one it serves."""
