@@ -105,8 +105,9 @@ class _Selective:
     """Makes the contexts of one block.
 
     Of some results that are dear nobody reads the numbers in the repeated pass: what comes after the last
-    product of an MLP or of the experts is added up and leaves the block, and a product whose sum over
-    devices is kept goes only there; rows on their first of two hops go only on. No derivative needs them. A stand-in takes their place.
+    product of an MLP or of the experts is added up and leaves the block, a product whose sum over devices is
+    kept goes only there, and rows go on from the first of their two hops to the second. No derivative needs
+    them. A stand-in takes their place.
     """
 
     def __init__(self, block: Block, found: list[Router], traffic: Traffic) -> None:

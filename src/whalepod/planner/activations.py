@@ -22,6 +22,8 @@ from functools import cached_property
 import numpy as np
 
 from whalepod.planner.candidates import Candidates, Column
+from whalepod.planner.routing import reached
+from whalepod.spec.layout import FP8_BLOCK
 from whalepod.spec.model import GQA, ModelSpec
 
 PARTS = ("attention", "dense_mlp", "experts", "norms", "router", "ends")
@@ -50,6 +52,8 @@ class Framework:
     fused_swiglu: SwiGLU keeps its inputs only. padded_values: values as wide as keys (`models.attention`).
     copies: of the rows that travel to or from experts, how many exist at a time: what is sent, what is
     received, and in Megatron the rows dispatched, which its layer still names while their results return.
+    sorts_again: where cheap things are made twice, rows sorted by expert are too, of those that arrived: a
+    token's row comes once to a rank, however many of its experts are there.
     late_gradients: blocks' gradients take memory only once there are any (Megatron's buffers always do).
     waits_with_gradients: between the halves of a split backward pass the gradients of all products' results
     wait, and with them what was recomputed (torch's pipelines).
@@ -65,6 +69,7 @@ class Framework:
     fused_swiglu: bool = True
     padded_values: bool = False
     copies: int = 3
+    sorts_again: bool = False
     late_gradients: bool = False
     waits_with_gradients: bool = False
 
@@ -80,6 +85,7 @@ OWN = Framework(
     fused_swiglu=False,
     padded_values=True,
     copies=2,
+    sorts_again=True,
     late_gradients=True,
     waits_with_gradients=True,
 )
@@ -134,6 +140,16 @@ class Activations:
         tokens = np.where(self.candidates.expert_tp > 1, self.t, self.ts)
         return tokens * self.spec.moe.num_experts_per_tok * self.imbalance
 
+    @cached_property
+    def _arrived(self) -> Column:
+        """Bytes of the rows that came for this rank's experts, as they travelled."""
+        m, d, c = self.spec.moe, self.spec.hidden_size, self.candidates
+        assert m is not None
+        ranks = {n: 0.0 if n == 1 else reached(m, 1, n, self.sequence_length)[1] for n in np.unique(c.ep)}
+        wide = np.where(c.wire == "fp8", d + d // FP8_BLOCK * 4, d * self.b)
+        rows = self.ts * np.array([ranks[n] for n in c.ep]) * self.imbalance
+        return rows * (wide + 8 * m.num_experts_per_tok)
+
     # -------------------------------------------------------------------------------------- blocks
 
     def attention(self, recompute: Mapping[str, Column]) -> Parts:
@@ -175,7 +191,10 @@ class Activations:
         # weight is what the last product keeps, and without fusion the output before that too.
         weighted = self._silu + (0 if self.framework.fused_swiglu else self.b)
         experts = self.t * shared * 2 * self.b + np.where(act, 0, self.t * shared * (self.li + self._silu))
-        experts = experts + self.rows * (self.li * d + 2 * self.b * routed + 12)
+        inputs = self.rows * self.li * d
+        if self.framework.sorts_again:
+            inputs = np.where(recompute["norms"], self._arrived, inputs)
+        experts = experts + inputs + self.rows * (2 * self.b * routed + 12)
         experts = experts + np.where(act, 0, self.rows * routed * (self.li + weighted))
         # FP32 logits, scores and the balance loss's scores, and the picks' weights and indices.
         copy = 4 * d * ((self.b < 4) & self.framework.float_router & ~recompute["norms"])

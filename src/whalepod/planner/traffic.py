@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
-
 from whalepod.planner.cut import cut
+from whalepod.planner.routing import reached
 from whalepod.planner.state import split, unit_counts
 from whalepod.spec.counts import Params, embedding_params, head_params, layer_params
 from whalepod.spec.layout import FP8_BLOCK, GROUPS, Layout
@@ -32,7 +31,6 @@ TRANSPOSED = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather"}
 ID, INDEX, FLOAT, DOUBLE = 4, 8, 4, 8  # bytes
 KEPT_STAGES = 3
 """Stages of a rank that torch's schedules keep gathered."""
-DRAWN_TOKENS = 8192
 
 
 def step_traffic(spec: ModelSpec, layout: Layout, sequence_length: int, rank: int = 0) -> Bytes:
@@ -74,38 +72,6 @@ class _Piece(NamedTuple):
         """Elements in one shard."""
         chunk = -(-self.rows // shards)
         return self.elements * min(max(self.rows - index * chunk, 0), chunk) / self.rows
-
-
-@lru_cache(maxsize=256)
-def reached(moe: MoE, nodes: int, places: int, tokens: int) -> tuple[float, float]:
-    """Nodes, and ranks, that a token's experts lie on, on average: of `nodes` x `places` ranks that share the
-    experts out, with loads of `tokens` tokens that are even.
-
-    Drawn, by the router's own rule: the best groups are those with the best experts, so picks are no even
-    choice among all of their experts. But picks beyond an expert's share, `moved` of all, go to any in the
-    groups that their token has reached.
-    """
-    experts, k, rows = moe.n_routed_experts, moe.num_experts_per_tok, np.arange(DRAWN_TOKENS)[:, None]
-    groups = 1 if moe.topk_method == "greedy" else moe.n_group
-    random = np.random.default_rng(0)
-    scores = random.random((DRAWN_TOKENS, experts))
-    if groups > 1:
-        grouped = scores.reshape(DRAWN_TOKENS, groups, -1)
-        best = np.sort(grouped, axis=-1)[..., -2:].sum(-1) if moe.selection_bias else grouped.max(-1)
-        limit = np.sort(best, axis=-1)[:, -moe.topk_group, None]
-        scores = np.where((best >= limit)[..., None], grouped, -2.0).reshape(DRAWN_TOKENS, experts)
-    picks = np.argpartition(scores, -k)[:, -k:]
-    # Mean excess of a count that scatters by its root.
-    moved = 0.4 * min(1.0, (experts / (tokens * k)) ** 0.5)
-    open_groups = np.zeros((DRAWN_TOKENS, groups), dtype=bool)
-    open_groups[rows, picks * groups // experts] = True
-    scores = np.where(open_groups.repeat(experts // groups, axis=1), random.random(scores.shape), -2.0)
-    scores[rows, picks] = np.where(random.random(picks.shape) < moved, -1.0, 1.0)
-    picks = np.argpartition(scores, -k)[:, -k:]
-    rank = picks * nodes * places // experts
-    hit = np.zeros((DRAWN_TOKENS, nodes, places), dtype=bool)
-    hit[rows, rank // places, rank % places] = True
-    return float(hit.any(2).sum(1).mean()), float(hit.sum((1, 2)).mean())
 
 
 @dataclass(eq=False)
