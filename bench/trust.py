@@ -10,7 +10,9 @@ prints them. Ends with the median and largest error of each. All is printed and 
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -96,7 +98,10 @@ def main() -> None:
             f"{kind}: off by {figures['median']:.1%} in the median, {figures['largest']:.1%} at most, "
             f"{figures['rows']} rows"
         )
-    save(args.out, {"command": "python bench/trust.py", "errors": summary, "runs": runs})
+    save(
+        args.out,
+        {"command": shlex.join(["python", "bench/trust.py", *sys.argv[1:]]), "errors": summary, "runs": runs},
+    )
 
 
 if __name__ == "__main__":
