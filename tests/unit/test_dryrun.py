@@ -17,6 +17,7 @@ from whalepod.dryrun.role import enough, measure
 from whalepod.dryrun.roles import dry_run
 from whalepod.dryrun.routing import draw_picks
 from whalepod.parallel import sharding
+from whalepod.planner.in_flight import held
 from whalepod.planner.search import TrainingJob
 from whalepod.planner.software import load_software
 from whalepod.spec.errors import UserError
@@ -104,6 +105,15 @@ def test_reuse_is_exact(axes: dict[str, Any]) -> None:
         # Ids of tokens and targets, and a few losses of each micro-batch, are there all the time.
         ids = (layout.accumulation_steps - enough(layout)) * layout.micro_batch * (32 + 2) * 8
         assert 0 <= plain.peak - reused.peak <= 4 * ids
+
+
+@pytest.mark.parametrize(("pp", "micro_batches"), [(2, 6), (4, 40), (8, 120), (8, 20), (4, 15), (8, 8)])
+def test_an_interleaved_step_is_cut_to_whole_rounds_of_its_own(pp: int, micro_batches: int) -> None:
+    """With rounds of another length more would be in flight than ever is."""
+    layout = Layout(pp=pp, schedule="interleaved", stages_per_rank=2, global_batch=micro_batches)
+    held_in_all = held("interleaved", pp, 2, micro_batches)
+    assert enough(layout) <= micro_batches
+    assert (held("interleaved", pp, 2, enough(layout)) == held_in_all).all()
 
 
 def test_a_whole_job_of_many_ranks() -> None:

@@ -6,12 +6,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
+from whalepod.planner.candidates import Candidates
+from whalepod.planner.cut import cut
 from whalepod.planner.plan import time_run
 from whalepod.planner.search import TrainingJob
 from whalepod.planner.software import load_software
+from whalepod.planner.state import State, unit_counts
 from whalepod.planner.traffic import step_traffic
+from whalepod.spec.counts import GIB
 from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Cluster, Gpu, load_gpu, spelled_gpu
 from whalepod.spec.layout import Layout
@@ -24,8 +29,8 @@ class Prediction:
     """Of one step. step_s, tokens_per_s: None where more workers than cores share a CPU.
 
     hardware: the profile's title; calibrated: whether it was measured. memory_gib: allocated at the peak on
-    the fullest rank; state_gib: weights, gradients, masters and moments there. bytes_by_axis: what the first
-    rank hands to collectives, by axis.
+    the fullest rank; state_gib: weights, gradients, masters and moments at the end of a backward pass.
+    bytes_by_axis: what the first rank hands to collectives, by axis.
     """
 
     hardware: str
@@ -63,11 +68,19 @@ def predict(
         step_s=None if busy else plan.step.seconds,
         tokens_per_s=None if busy else plan.tokens_per_s,
         memory_gib=plan.memory_allocated_gib,
-        state_gib=sum(plan.memory_by_category[name] for name in ("weights", "gradients", "optimizer")),
+        state_gib=_state_gib(spec, layout, job, sequence_length),
         bytes_by_axis={
             axis: sum(ops.values()) for axis, ops in step_traffic(spec, layout, sequence_length).items()
         },
     )
+
+
+def _state_gib(spec: ModelSpec, layout: Layout, job: TrainingJob, sequence_length: int) -> float:
+    """Of the fullest pipeline rank when all gradients are there, which they need not be at the peak."""
+    c = Candidates.of([layout])
+    layers = cut(spec, layout.pp, int(c.stages[0]), layout.schedule, sequence_length, layout.stage_layers)
+    held = State(spec, c, job.software.state).of(unit_counts(spec, layers), np.array([0]))
+    return float((held["weights"] + held["gradients"] + held["optimizer"]).max()) / GIB
 
 
 def here(device: torch.device) -> Gpu | None:
