@@ -272,13 +272,14 @@ def refused(values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
 @pytest.mark.parametrize(
     "axes", [{"dp_replicate": 2}, {"dp_shard": 2}, {"tp": 2}, {"dp_shard": 2, "ep": 2}], ids=str
 )
-def test_predicted_state_and_bytes_are_those_held_and_sent(values: Values, tmp_path: Path, axes: dict[str, int]) -> None:
+def test_predicted_state_and_bytes_are_those_held_and_sent(
+    values: Values, tmp_path: Path, axes: dict[str, int]
+) -> None:
     values["train"]["evaluate_every"] = 0  # after it FSDP2 finds the root's weights gathered
-    result = train(make_run(under(values, tmp_path / "run", **axes)), until=4, quiet=True)
+    # The third step: so few tokens leave the balanced routing that is predicted soon after.
+    result = train(make_run(under(values, tmp_path / "run", **axes)), until=3, quiet=True)
     assert result.predicted is not None
     assert result.predicted.state_gib == pytest.approx(max(result.state_gib), rel=0.05)
     assert result.predicted.bytes_by_axis.keys() == result.bytes_by_axis.keys()
     for axis, sent in result.bytes_by_axis.items():
-        # Rows on their way to experts are as many as so few tokens happen to send away, not their mean.
-        tolerance = 0.25 if axis.startswith("ep") else 0.02
-        assert result.predicted.bytes_by_axis[axis] == pytest.approx(sent, rel=tolerance), axis
+        assert result.predicted.bytes_by_axis[axis] == pytest.approx(sent, rel=0.02), axis
