@@ -174,5 +174,6 @@ if __name__ == "__main__":
             pair.rank,
             {key: value for key, value in axes.items() if key != "global_batch"},
             f"collectives {'equal' if (real.calls, real.bytes) == (dry.calls, dry.bytes) else 'DIFFER'}",
-            f"flops {dry.flops / real.flops:.6f} peak over the ledger's {dry.peak / real.ledger_peak:.3f}{profiler}",
+            f"flops {dry.flops / real.flops:.6f} "
+            f"peak over the ledger's {dry.peak / real.ledger_peak:.3f}{profiler}",
         )

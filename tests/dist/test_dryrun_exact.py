@@ -1,8 +1,8 @@
 """The dry run against the real step: real processes, the parity table's layouts, the same routing.
 
-Collectives by axis and operation, calls and bytes, and FLOPs by torch's own counter must be equal. Peak memory:
-what the ledger counts of the real step's tensors, and for a few layouts what torch's profiler heard from the
-allocator.
+Collectives by axis and operation, calls and bytes, and FLOPs by torch's own counter must be equal. Peak
+memory: what the ledger counts of the real step's tensors, and for a few layouts what torch's profiler heard
+from the allocator.
 """
 
 from __future__ import annotations

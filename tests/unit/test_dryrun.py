@@ -116,6 +116,16 @@ def test_an_interleaved_step_is_cut_to_whole_rounds_of_its_own(pp: int, micro_ba
     assert (held("interleaved", pp, 2, enough(layout)) == held_in_all).all()
 
 
+def test_rows_that_are_only_passed_on_are_not_kept() -> None:
+    """Over two hops selective recomputation keeps what it does over one, and the ids on the first."""
+    one, two = (
+        config(dp_shard=16, ep=16, global_batch=32, recompute="selective", devices_per_node=n)
+        for n in (16, 4)
+    )
+    kept = [measure(job, job.model_spec(), 0).categories["activations"] for job in (one, two)]
+    assert kept[0] < kept[1] < 1.03 * kept[0]
+
+
 def test_a_whole_job_of_many_ranks() -> None:
     job = config(pp=2, dp_shard=512, tp=4, ep=16, zero=1, global_batch=2048)
     run = dry_run(job, parse_gpus("4096xH800"), roles="first")
