@@ -28,14 +28,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 Move = Callable[[Tensor], Tensor]
 _ops = torch.ops._c10d_functional
 
-SAVED_BY_RECOMPUTE = (
-    _ops.all_gather_into_tensor.default,
-    _ops.reduce_scatter_tensor.default,
-    _ops.all_to_all_single.default,
-    _ops.all_reduce.default,
-    _ops.wait_tensor.default,
-)
-
 
 @torch.library.custom_op("whalepod::keep", mutates_args=())
 def keep(tensor: Tensor) -> Tensor:
@@ -44,7 +36,15 @@ def keep(tensor: Tensor) -> Tensor:
 
 
 keep.register_fake(torch.empty_like)
-SAVED_BY_RECOMPUTE += (torch.ops.whalepod.keep.default,)
+
+SAVED_BY_RECOMPUTE = (
+    _ops.all_gather_into_tensor.default,
+    _ops.reduce_scatter_tensor.default,
+    _ops.all_to_all_single.default,
+    _ops.all_reduce.default,
+    _ops.wait_tensor.default,
+    torch.ops.whalepod.keep.default,
+)
 
 
 @dataclass
