@@ -83,6 +83,10 @@ class Ledger(TorchDispatchMode):
         self._places: list[tuple[int, ...]] = []  # ... the stack of modules changed to this
         self._hooks = ExitStack()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled under it, and torch's guard around each call costs more than ours
+
     # ----------------------------------------------------------------------------------- in and out
 
     def __enter__(self) -> Ledger:
