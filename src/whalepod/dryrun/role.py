@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,12 +15,12 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from whalepod.dryrun.norms import fuse_norms
+from whalepod.dryrun.replay import repeats, replaying
 from whalepod.dryrun.routing import draw_picks, settle
+from whalepod.dryrun.tally import Counts, Tally
 from whalepod.dryrun.world import answers, pretend, replaced
-from whalepod.parallel.comm import Axis, Traffic
+from whalepod.parallel.comm import Axis
 from whalepod.parallel.ledger import Ledger
-from whalepod.parallel.parallelize import Parallel
-from whalepod.parallel.pipeline import TorchStage
 from whalepod.parallel.replicated import Replicated
 from whalepod.parallel.stage import Stage
 from whalepod.planner.in_flight import representative
@@ -43,32 +42,6 @@ class Held:
     name: str
     local: int
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Counts:
-    """A rank's step: calls and bytes of collectives by (axis, operation), FLOPs by module kind."""
-
-    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    flops: Counter[str] = field(default_factory=Counter)
-    flops_uncut: int = 0
-    by_module: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Bytes by (axis, kind of module)."""
-
-    def more(self, times: int, others: Counts) -> Counts:
-        """These and so many times the others."""
-
-        def add(a: Counter[Any], b: Counter[Any]) -> Counter[Any]:
-            return Counter({key: a[key] + times * b[key] for key in {**a, **b}})
-
-        return Counts(
-            add(self.calls, others.calls),
-            add(self.bytes, others.bytes),
-            add(self.flops, others.flops),
-            self.flops_uncut + times * others.flops_uncut,
-            add(self.by_module, others.by_module),
-        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +80,8 @@ def measure(
     """
     layout = config.make_layout()
     whole = layout.accumulation_steps
-    run = whole if plainly else enough(layout)
+    played = repeats(layout) and not plainly
+    run = whole if plainly or played else enough(layout)
     batch = run * layout.micro_batch * layout.num_replicas
     short = config.model_copy(update={"layout": config.layout.model_copy(update={"global_batch": batch})})
     with pretend(short.make_layout(), rank) as mesh:
@@ -124,12 +98,14 @@ def measure(
             _make_moments(work)
         state = _hold_state(ledger, work)
         ledger.begin(grain=int(ledger.total * GRAIN_SHARE))
-        tally = _Tally(mesh.traffic, ledger, middle(layout))
+        tally = Tally(mesh.traffic, ledger, middle(layout))
         length = config.data.sequence_length + 1 + spec.num_nextn_predict_layers
         rows = torch.zeros(run * layout.micro_batch, length, dtype=torch.int64)
         gc.disable()  # no cycle holds a tensor; looking for them took a fifth of the time
         try:
-            with ledger, tally, _follow_shards(ledger):
+            place = rank // (layout.num_devices // layout.pp)
+            most = replaying(layout, place, ledger, tally) if played else nullcontext()
+            with ledger, tally, most, _follow_shards(ledger):
                 _, norm = work.step(rows, 1e-4)
                 work.balance(norm)
         except (RuntimeError, AssertionError, ValueError) as error:
@@ -223,62 +199,6 @@ def _follow_shards(ledger: Ledger) -> Iterator[None]:
         ):
             stack.enter_context(replaced(owner, name, tagged(getattr(owner, name), category)))
         yield
-
-
-class _Tally:
-    """Counts of everything, and of one micro-batch in the middle of the step, by itself."""
-
-    def __init__(self, traffic: Traffic, ledger: Ledger, index: int) -> None:
-        self.middle, self._index = Counts(), index
-        self._by_module: Counter[tuple[str, str]] = Counter()
-        self._traffic, self._ledger = traffic, ledger
-        self._stack = ExitStack()
-
-    def __enter__(self) -> _Tally:
-        self._stack.enter_context(replaced(self._traffic, "add", self._noted(self._traffic.add)))
-        for owner, names in _PASSES:
-            for name in names:
-                self._stack.enter_context(replaced(owner, name, self._split(getattr(owner, name))))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def now(self) -> Counts:
-        t, ledger = self._traffic, self._ledger
-        calls, sent, flops = Counter(t.calls), Counter(t.bytes), Counter(ledger.flops)
-        return Counts(calls, sent, flops, ledger.flops_uncut, Counter(self._by_module))
-
-    def _noted(self, add: Callable[..., None]) -> Callable[..., None]:
-        def noted(axis: str, op: str, tensor: Tensor) -> None:
-            add(axis, op, tensor)
-            if not self._traffic.paused:
-                self._by_module[axis, self._ledger.module] += tensor.numel() * tensor.element_size()
-
-        return noted
-
-    def _split(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(owner: Any, index: int, *args: Any, **kwargs: Any) -> Any:
-            before = self.now() if index == self._index else None
-            out = method(owner, index, *args, **kwargs)
-            if before is not None:
-                self.middle = self.middle.more(1, self.now().more(-1, before))
-            return out
-
-        return counted
-
-
-_PASSES: tuple[tuple[type, tuple[str, ...]], ...] = (
-    (Parallel, ("_micro_batch",)),
-    (
-        TorchStage,
-        (
-            *("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"),
-            *("get_fwd_send_ops", "get_bwd_send_ops"),
-        ),
-    ),
-)
-"""Methods that work on one micro-batch of a step, whose number is their first argument."""
 
 
 def _first_cause(error: BaseException) -> str:

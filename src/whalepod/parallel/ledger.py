@@ -13,10 +13,10 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from whalepod.models.attention import Attention
 from whalepod.models.mlp import SwiGLU
 from whalepod.models.moe import GroupedExperts, Router
 
+T = TypeVar("T")
 _aten = torch.ops.aten
 _SILENT = frozenset(
     {torch.ops.prim.device.default, _aten.detach.default, _aten.view.default, _aten.t.default}
@@ -50,6 +51,17 @@ class Peak:
 
     def __str__(self) -> str:
         return self.where
+
+
+@dataclass
+class Span:
+    """What happened within `Ledger.apart`, relative to its start: the fullest moment, what was left by
+    category, the timeline's points and the number of operations."""
+
+    peak: Peak = field(default_factory=Peak)
+    left: Counter[str] = field(default_factory=Counter)
+    points: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+    operations: int = 0
 
 
 class Ledger(TorchDispatchMode):
@@ -92,7 +104,8 @@ class Ledger(TorchDispatchMode):
     def __enter__(self) -> Ledger:
         hooks = nn.modules.module
         before = hooks.register_module_forward_pre_hook(self._enter)
-        after = hooks.register_module_forward_hook(self._leave)
+        # Recomputation leaves a block by an exception, as soon as it has what it needs.
+        after = hooks.register_module_forward_hook(self._leave, always_call=True)
         self._hooks.callback(before.remove)
         self._hooks.callback(after.remove)
         resize = torch.UntypedStorage.resize_
@@ -140,6 +153,41 @@ class Ledger(TorchDispatchMode):
                 self.live[category] += size
             else:
                 self._add(storage, category)
+
+    @contextmanager
+    def apart(self) -> Iterator[Span]:
+        """Notes what happens meanwhile by itself too."""
+        span = Span()
+        before, total, operations = Counter(self.live), self.total, self.operations
+        peak, drawn = self.peak, len(self.timeline)
+        self.peak = Peak(self.total, dict(self.live), self.where)
+        try:
+            yield span
+        finally:
+            own = self.peak
+            self.peak = max(peak, own, key=lambda p: p.bytes)
+            span.peak = Peak(own.bytes - total, _minus(own.categories, before), own.where)
+            span.left = Counter(_minus(self.live, before))
+            span.points = [(at - operations, _minus(now, before)) for at, now in self.timeline[drawn:]]
+            span.operations = self.operations - operations
+
+    def again(self, span: Span, stand_in: Callable[[], T]) -> T:
+        """Counts memory as if `span` happened again. `stand_in` leaves its results; what that takes is in the
+        span."""
+        before, total, operations = Counter(self.live), self.total, self.operations
+        peak, grain = self.peak, self._grain
+        self._grain = 1 << 62
+        out = stand_in()
+        self.peak, self._grain, self.operations = peak, grain, operations + span.operations
+        self.live, self.total = _plus(before, span.left), total + sum(span.left.values())
+        if total + span.peak.bytes > peak.bytes:
+            self.peak = Peak(
+                total + span.peak.bytes, dict(_plus(before, span.peak.categories)), span.peak.where
+            )
+        self.timeline += [(operations + at, dict(_plus(before, now))) for at, now in span.points]
+        if span.points:
+            self._last = sum(self.timeline[-1][1].values())
+        return out
 
     # ------------------------------------------------------------------------------------ operations
 
@@ -265,6 +313,14 @@ def kind_of(name: str, module: nn.Module) -> str | None:
     if isinstance(module, SwiGLU):
         return "shared experts" if name.endswith("shared_experts") else "dense"
     return "mtp" if name.endswith("eh_proj") else None
+
+
+def _plus(a: Counter[str], b: Mapping[str, int]) -> Counter[str]:
+    return Counter({key: a[key] + b.get(key, 0) for key in {**a, **b}})
+
+
+def _minus(a: Mapping[str, int], b: Counter[str]) -> dict[str, int]:
+    return {key: a.get(key, 0) - b[key] for key in {**a, **b}}
 
 
 def _local(tensor: Any) -> Tensor:
