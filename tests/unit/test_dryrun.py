@@ -13,10 +13,12 @@ import pytest
 
 import whalepod.dryrun.findings as module
 from whalepod.cli import main
+from whalepod.dryrun.replay import repeats
 from whalepod.dryrun.role import enough, measure
 from whalepod.dryrun.roles import dry_run
 from whalepod.dryrun.routing import draw_picks
 from whalepod.parallel import sharding
+from whalepod.parallel.stage import Stage
 from whalepod.planner.in_flight import held
 from whalepod.planner.search import TrainingJob
 from whalepod.planner.software import load_software
@@ -88,12 +90,25 @@ REUSED: list[dict[str, Any]] = [
     {"pp": 2, "schedule": "interleaved_zero_bubble", "global_batch": 16},
     {"pp": 2, "schedule": "zbv", "dp_shard": 2, "zero": 1, "global_batch": 24},
     {"pp": 2, "schedule": "dualpipev", "tp": 2, "global_batch": 14},
+    {"pp": 2, "schedule": "interleaved", "dp_shard": 2, "zero": 1, "global_batch": 32, "recompute": "full"},
+    {"pp": 4, "dp_replicate": 2, "global_batch": 24, "recompute": "selective"},
+    {"pp": 2, "schedule": "zbv", "dp_shard": 2, "ep": 2, "zero": 1, "global_batch": 32},
 ]
+
+
+def test_passes_that_are_played_back_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of twelve micro-batches go through the layers."""
+    ran = []
+    forward = Stage.forward
+    monkeypatch.setattr(Stage, "forward", lambda *a, **k: (ran.append(1), forward(*a, **k))[1])
+    job = config(pp=2, global_batch=12)
+    measure(job, job.model_spec(), 0)
+    assert len(ran) == 2
 
 
 @pytest.mark.parametrize("axes", REUSED, ids=str)
 def test_reuse_is_exact(axes: dict[str, Any]) -> None:
-    """A step of which only the first micro-batches run is counted as the whole is, on every pipeline rank."""
+    """A step of which not all passes run is counted as the whole is, on every pipeline rank."""
     job = config(**axes)
     layout, spec = job.make_layout(), job.model_spec()
     assert enough(layout) < layout.accumulation_steps
@@ -101,6 +116,10 @@ def test_reuse_is_exact(axes: dict[str, Any]) -> None:
         rank = place * (layout.num_devices // layout.pp)
         plain, reused = measure(job, spec, rank, plainly=True), measure(job, spec, rank)
         assert reused.counts == plain.counts
+        assert (reused.state, reused.peak_at) == (plain.state, plain.peak_at)
+        if repeats(layout):
+            assert (reused.peak, reused.categories) == (plain.peak, plain.categories)
+            continue
         assert reused.operations < plain.operations
         # Ids of tokens and targets, and a few losses of each micro-batch, are there all the time.
         ids = (layout.accumulation_steps - enough(layout)) * layout.micro_batch * (32 + 2) * 8

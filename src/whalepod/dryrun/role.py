@@ -33,6 +33,8 @@ from whalepod.train.step import TrainStep
 
 GRAIN_SHARE = 1 / 2000
 """Of the memory held between steps, what a change must be to be drawn."""
+MAX_POINTS = 2000
+"""Of a step's memory over time."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def measure(
                 _, norm = work.step(rows, 1e-4)
                 work.balance(norm)
         except (RuntimeError, AssertionError, ValueError) as error:
-            raise UserError(f"rank {rank} breaks at {ledger.where}: {_first_cause(error)}") from error
+            where = ledger.broken or ledger.where
+            raise UserError(f"rank {rank} breaks at {where}: {_first_cause(error)}") from error
         finally:
             gc.enable()
         pieces = work.state.weights()
@@ -123,7 +126,7 @@ def measure(
             peak_at=ledger.peak.where,
             state=state,
             counts=tally.now().more(whole - run, tally.middle),
-            timeline=tuple((at / max(ledger.operations, 1), now) for at, now in ledger.timeline),
+            timeline=_thinned(ledger),
             held=held,
             operations=ledger.operations,
         )
@@ -199,6 +202,15 @@ def _follow_shards(ledger: Ledger) -> Iterator[None]:
         ):
             stack.enter_context(replaced(owner, name, tagged(getattr(owner, name), category)))
         yield
+
+
+def _thinned(ledger: Ledger) -> tuple[tuple[float, dict[str, int]], ...]:
+    """At most so many points; of those left out the highest stays."""
+    points, whole = ledger.timeline, max(ledger.operations, 1)
+    size = -(-len(points) // MAX_POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    kept = [max(group, key=lambda point: sum(point[1].values())) for group in groups]
+    return tuple((at / whole, now) for at, now in kept)
 
 
 def _first_cause(error: BaseException) -> str:

@@ -17,7 +17,6 @@ from whalepod.spec.schedule import actions_of
 
 CATEGORIES = ("weights", "optimizer", "gradients", "gathered", "activations", "working")
 COLORS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")
-MAX_POINTS = 2000
 
 
 def dryrun_json(run: DryRun) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def _role_json(run: DryRun, role: Measured) -> dict[str, Any]:
             for (axis, module), sent in sorted(role.counts.by_module.items())
         ],
         "memory_over_step": [
-            {"at": at, **{k: v / GIB for k, v in held.items() if v}} for at, held in _thinned(role)
+            {"at": at, **{k: v / GIB for k, v in held.items() if v}} for at, held in role.timeline
         ],
     }
 
@@ -117,7 +116,7 @@ def draw_memory(run: DryRun, path: Path) -> Path:
 
     fullest = max(run.roles, key=lambda role: role.peak)
     figure, (top, below) = plt.subplots(2, 1, figsize=(10, 8), height_ratios=(2, 1), layout="constrained")
-    points = _thinned(fullest)
+    points = fullest.timeline
     x = [100 * at for at, _ in points]
     stacks = [[held.get(name, 0) / GIB for _, held in points] for name in CATEGORIES]
     top.stackplot(x, stacks, labels=CATEGORIES, colors=COLORS, step="post")
@@ -131,7 +130,7 @@ def draw_memory(run: DryRun, path: Path) -> Path:
     top.set_ylabel("GiB of tensors")
     top.legend(loc="upper right", fontsize=8)
     for role in run.roles:
-        points = _thinned(role)
+        points = role.timeline
         line = [sum(held.values()) / GIB for _, held in points]
         below.plot([100 * at for at, _ in points], line, linewidth=0.8, label=f"rank {role.rank}")
     below.set_xlabel("% of the step's operations")
@@ -169,20 +168,12 @@ def write_trace(run: DryRun, path: Path) -> Path:
             )
     each = run.layout.num_devices // run.layout.pp
     for role in run.roles:
-        for at, held in _thinned(role):
+        for at, held in role.timeline:
             args = {name: round(held.get(name, 0) / GIB, 4) for name in CATEGORIES}
             events.append(
                 {"ph": "C", "pid": role.rank // each, "name": "memory GiB", "ts": at * step_us, "args": args}
             )
     return _written(path, lambda: path.write_text(json.dumps({"traceEvents": events})))
-
-
-def _thinned(role: Measured) -> list[tuple[float, dict[str, int]]]:
-    """At most so many points of a role's memory; of those left out the highest stays."""
-    points = list(role.timeline)
-    size = -(-len(points) // MAX_POINTS)
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [max(group, key=lambda point: sum(point[1].values())) for group in groups]
 
 
 def _written(path: Path, write: Any, after: Any = lambda: None) -> Path:

@@ -72,6 +72,7 @@ class Ledger(TorchDispatchMode):
     change of at least `grain` bytes, once `begin` has been called. `flops`: by module kind (`kind_of`),
     causal attention at the half that it computes; `flops_uncut`: the same with attention counted whole, as
     torch's FlopCounterMode does. `handlers`: what stands for an operation, where it cannot be done as it is.
+    `broken`: the place from which an exception has just left the modules.
     """
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]] = ()) -> None:
@@ -90,6 +91,7 @@ class Ledger(TorchDispatchMode):
         self.handlers: dict[Any, Callable[..., Any]] = {}
         self._grain, self._last = 1 << 62, 0
         self._tags: list[str] = []
+        self.broken = ""
         self._stack: list[int] = []
         self._marks: list[int] = []  # autograd sequence numbers at which ...
         self._places: list[tuple[int, ...]] = []  # ... the stack of modules changed to this
@@ -250,11 +252,16 @@ class Ledger(TorchDispatchMode):
     # --------------------------------------------------------------------------------------- places
 
     def _enter(self, module: nn.Module, _args: Any) -> None:
+        self.broken = ""
         if id(module) in self._modules:
             self._stack.append(id(module))
             self._mark()
 
-    def _leave(self, module: nn.Module, _args: Any, _out: Any) -> None:
+    def _leave(self, module: nn.Module, _args: Any, out: Any) -> None:
+        if out is not None:
+            self.broken = ""
+        elif not self.broken:  # modules around it are left by the same exception
+            self.broken = self.where
         if self._stack and self._stack[-1] == id(module):
             self._stack.pop()
             self._mark()
