@@ -159,7 +159,8 @@ class LayerCosts:
             rank = a.q_lora_rank
             if rank is not None:
                 self._product(out, "projections", self.shard, d, rank)
-            self._product(out, "projections", self.shard, d, a.latent_dim)
+            # Plain queries want the gathered input, and the latents are made of it too, on every rank.
+            self._product(out, "projections", tokens if rank is None else self.shard, d, a.latent_dim)
             self._product(out, "projections", tokens, rank or d, heads * a.qk_head_dim / c.tp, up)
             both = a.qk_nope_head_dim + a.v_head_dim
             # This project gathers latents, and both halves of a rank's part expand all that are before them.
@@ -170,7 +171,7 @@ class LayerCosts:
             keys, values = a.qk_head_dim, a.v_head_dim
             travels = heads * (keys + values) / c.tp if ring else np.full(len(c), float(a.latent_dim))
             inputs = d + (rank or 0) + a.kv_lora_rank + heads * a.v_head_dim
-            gathered = (rank or d) + a.latent_dim
+            gathered = d if rank is None else rank + a.latent_dim
         # A token attends to half of its sequence on average, wherever context parallelism put it, or to what
         # a sparse model's indexer selects, which scores them all.
         kept = attended_keys(spec, self.sequence_length)
