@@ -49,10 +49,8 @@ def replaying(layout: Layout, rank: int, ledger: Ledger, tally: Tally) -> Iterat
     shown = _shown(layout, rank)
     records: dict[tuple[int, str, bool], tuple[Span, Counts]] = {}
 
-    def replay(name: str, stand_in: Callable[..., Any]) -> Callable[..., Any]:
+    def replay(name: str, stand_in: Callable[..., Any], category: str) -> Callable[..., Any]:
         run = getattr(TorchStage, name)
-        # As in a backward pass, what is made there is at work, not kept.
-        category = "activations" if stand_in is _forward else "working"
 
         def call(stage: TorchStage, index: int, *args: Any, **kwargs: Any) -> Any:
             key = (stage.stage_index, name, kwargs.get("full_backward", True))
@@ -70,12 +68,12 @@ def replaying(layout: Layout, rank: int, ledger: Ledger, tally: Tally) -> Iterat
         return call
 
     with ExitStack() as stack:
-        for name, stand_in in (
-            ("forward_one_chunk", _forward),
-            ("backward_one_chunk", _backward),
-            ("backward_weight_one_chunk", _weights),
+        for name, stand_in, category in (
+            ("forward_one_chunk", _forward, "activations"),
+            ("backward_one_chunk", _backward, "working"),
+            ("backward_weight_one_chunk", _weights, "working"),
         ):
-            stack.enter_context(replaced(TorchStage, name, replay(name, stand_in)))
+            stack.enter_context(replaced(TorchStage, name, replay(name, stand_in, category)))
         yield
 
 

@@ -35,6 +35,9 @@ GRAIN_SHARE = 1 / 2000
 """Of the memory held between steps, what a change must be to be drawn."""
 MAX_POINTS = 2000
 """Of a step's memory over time."""
+PLAYED = 256
+"""Micro-batches of a pipeline up to which all are there, most of them played back: that costs milliseconds
+each, and a step may have tens of thousands."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,14 @@ def measure(
 ) -> Measured:
     """Runs the job's training step as rank `rank` and counts.
 
-    on_gpu: norms keep what they keep on CUDA. plainly: all micro-batches run; else as many as show all that a
-    step does, and the counts of one in its middle stand for those left out.
+    on_gpu: norms keep what they keep on CUDA. plainly: all micro-batches run. Else passes of a pipeline that
+    repeat others are played back; and without a pipeline, or with very many micro-batches, there are as many
+    as show all that a step does, and the counts of one in its middle stand for those left out.
     """
     layout = config.make_layout()
     whole = layout.accumulation_steps
     played = repeats(layout) and not plainly
-    run = whole if plainly or played else enough(layout)
+    run = whole if plainly or (played and whole <= PLAYED) else enough(layout)
     batch = run * layout.micro_batch * layout.num_replicas
     short = config.model_copy(update={"layout": config.layout.model_copy(update={"global_batch": batch})})
     with pretend(short.make_layout(), rank) as mesh:
@@ -105,8 +109,7 @@ def measure(
         rows = torch.zeros(run * layout.micro_batch, length, dtype=torch.int64)
         gc.disable()  # no cycle holds a tensor; looking for them took a fifth of the time
         try:
-            place = rank // (layout.num_devices // layout.pp)
-            most = replaying(layout, place, ledger, tally) if played else nullcontext()
+            most = replaying(mesh.layout, mesh["pp"].rank, ledger, tally) if played else nullcontext()
             with ledger, tally, most, _follow_shards(ledger):
                 _, norm = work.step(rows, 1e-4)
                 work.balance(norm)

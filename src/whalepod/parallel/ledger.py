@@ -60,7 +60,7 @@ class Span:
 
     peak: Peak = field(default_factory=Peak)
     left: Counter[str] = field(default_factory=Counter)
-    points: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+    points: list[tuple[int, Counter[str]]] = field(default_factory=list)
     operations: int = 0
 
 
@@ -169,7 +169,7 @@ class Ledger(TorchDispatchMode):
             own = self.peak
             self.peak = max(peak, own, key=lambda p: p.bytes)
             span.peak = Peak(own.bytes - total, _minus(own.categories, before), own.where)
-            span.left = Counter(_minus(self.live, before))
+            span.left = _minus(self.live, before)
             span.points = [(at - operations, _minus(now, before)) for at, now in self.timeline[drawn:]]
             span.operations = self.operations - operations
 
@@ -322,12 +322,16 @@ def kind_of(name: str, module: nn.Module) -> str | None:
     return "mtp" if name.endswith("eh_proj") else None
 
 
-def _plus(a: Counter[str], b: Mapping[str, int]) -> Counter[str]:
-    return Counter({key: a[key] + b.get(key, 0) for key in {**a, **b}})
+def _plus(a: Mapping[str, int], b: Mapping[str, int]) -> Counter[str]:
+    out = Counter(a)
+    out.update(b)  # unlike `+`, which drops what is not positive
+    return out
 
 
-def _minus(a: Mapping[str, int], b: Counter[str]) -> dict[str, int]:
-    return {key: a.get(key, 0) - b[key] for key in {**a, **b}}
+def _minus(a: Mapping[str, int], b: Mapping[str, int]) -> Counter[str]:
+    out = Counter(a)
+    out.subtract(b)
+    return out
 
 
 def _local(tensor: Any) -> Tensor:
