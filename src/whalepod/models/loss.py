@@ -63,30 +63,35 @@ class _HeadLoss(torch.autograd.Function):
         grad_h = torch.empty_like(h_TD) if needs else None
         grad_w = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device) if needs else None
         total = torch.zeros((), dtype=torch.float32, device=h_TD.device)
-        rows = max(1, SLICE_ELEMENTS // weight_VD.shape[0])
-        for h, targets, out in zip(
-            h_TD.split(rows),
-            targets_T.split(rows),
-            grad_h.split(rows) if grad_h is not None else [None] * -(-len(h_TD) // rows),
-            strict=True,
-        ):
-            logits = F.linear(h, weight_VD).float()
+        rows = max(1, min(len(h_TD), SLICE_ELEMENTS // len(weight_VD)))
+        # Reused by all slices: on a CPU, memory that has just been allocated costs more than what is done
+        # with it. `low` holds the logits as they are computed, later their gradient.
+        low = torch.empty(rows, len(weight_VD), dtype=h_TD.dtype, device=h_TD.device)
+        high = torch.empty_like(low, dtype=torch.float32)
+        part = torch.empty_like(weight_VD) if needs else None
+        for start in range(0, len(h_TD), rows):
+            h, targets = h_TD[start : start + rows], targets_T[start : start + rows]
+            logits, grad = high[: len(h)], low[: len(h)]
+            logits.copy_(torch.mm(h, weight_VD.t(), out=grad))
             counted = (targets >= 0).unsqueeze(1)
             index = (targets - first).unsqueeze(1)
             here = (index >= 0) & (index < len(weight_VD))
             index = index.clamp(0, len(weight_VD) - 1)
-            log_sum = logits.logsumexp(-1, keepdim=True)
             target_logit = logits.gather(1, index) * here
+            largest = logits.amax(-1, keepdim=True)
+            shares = torch.softmax(logits, -1, out=logits)
+            # The largest share is exp(largest - log_sum), and never so small that its logarithm is lost.
+            own_sum = largest - shares.amax(-1, keepdim=True).log_()
+            log_sum, scale = own_sum, counted
             if combine is not None:
-                log_sum, target_logit = combine(log_sum, target_logit)
+                log_sum, target_logit = combine(own_sum, target_logit)
+                scale = (own_sum - log_sum).exp_() * counted
             total += ((log_sum - target_logit) * counted).sum()
-            if out is None or grad_w is None:
+            if grad_h is None or grad_w is None or part is None:
                 continue
-            grad = logits.sub_(log_sum).exp_()
-            grad.scatter_add_(1, index, -here.to(grad.dtype))
-            grad = grad.mul_(counted).to(h.dtype)
-            torch.mm(grad, weight_VD, out=out)
-            grad_w += grad.t() @ h
+            grad.copy_(shares.mul_(scale).scatter_add_(1, index, -(here & counted).float()))
+            torch.mm(grad, weight_VD, out=grad_h[start : start + rows])
+            grad_w += torch.mm(grad.t(), h, out=part)
         if grad_h is not None and grad_w is not None:
             ctx.save_for_backward(grad_h, grad_w.to(weight_VD.dtype))
         return total
