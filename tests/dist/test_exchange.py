@@ -20,7 +20,8 @@ from whalepod.models.moe import LocalDispatcher, MoELayer
 from whalepod.parallel.comm import SAVED_BY_RECOMPUTE
 from whalepod.parallel.exchange import Flat, TwoHop, deepep, make_dispatcher
 from whalepod.parallel.mesh import Mesh, make_mesh, open_mesh
-from whalepod.precision.fp8 import dequantize_tiles, quantize_blocks, quantize_tiles
+from whalepod.precision.fp8 import quantize_blocks
+from whalepod.precision.tiles import ROW, dequantize, quantize
 from whalepod.spec.layout import Exchange, Layout, Wire
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.presets import load_model_spec
@@ -194,7 +195,7 @@ def fp8_rounds_once_and_halves() -> None:
             x.requires_grad_()
             rounded, fp8_plan = fp8.finish(fp8.start(x, ids, weights, EXPERTS))
             assert rounded.x_ND.dtype == dtype
-            wanted = dequantize_tiles(*quantize_tiles(rows.x_ND), dtype)
+            wanted = dequantize(quantize(rows.x_ND, ROW, "float32"), dtype)
             assert torch.equal(rounded.x_ND, wanted)
             assert torch.equal(rounded.weights_N, rows.weights_N)
             assert torch.equal(rounded.ends_E, rows.ends_E)
@@ -353,11 +354,11 @@ def test_tiles_are_blocks_of_one_row() -> None:
     x = torch.randn(7, 384, generator=generator) * torch.logspace(-30, 30, 7).unsqueeze(1)
     x[2, 128:256] = 0
     x[3] = 448.0 * (1 + 2**-20)
-    for tiles, blocks in zip(quantize_tiles(x), quantize_blocks(x, (1, 128)), strict=True):
+    for tiles, blocks in zip(quantize(x, ROW, "float32"), quantize_blocks(x, (1, 128)), strict=True):
         assert torch.equal(tiles.float(), blocks.float())
-    assert dequantize_tiles(*quantize_tiles(x[:0]), torch.bfloat16).shape == (0, 384)
+    assert dequantize(quantize(x[:0], ROW, "float32"), torch.bfloat16).shape == (0, 384)
     x[4, 5], x[5, 6] = float("nan"), float("inf")
-    back = dequantize_tiles(*quantize_tiles(x), torch.bfloat16)
+    back = dequantize(quantize(x, ROW, "float32"), torch.bfloat16)
     assert back[4, :128].isnan().all()
     assert back[5, :128].isnan().any()
     assert back[4:6, 128:].isfinite().all()

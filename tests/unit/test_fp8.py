@@ -14,15 +14,8 @@ from torch import Tensor, nn
 
 from whalepod.models.moe import LocalDispatcher
 from whalepod.models.transformer import Transformer, init_weights, target_windows
-from whalepod.precision.fp8 import (
-    FP8,
-    FP8Linear,
-    FP8Storage,
-    dequantize_blocks,
-    quantize_blocks,
-    scale_shape,
-    use_fp8_storage,
-)
+from whalepod.precision.fp8 import FP8, dequantize_blocks, quantize_blocks, scale_shape
+from whalepod.precision.storage import FP8Linear, FP8Storage, use_fp8_storage
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import MLA, BlockFP8, ModelSpec, MoE, Rope
 

@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from whalepod.models.transformer import Transformer, init_weights, target_windows
 from whalepod.parallel import weights_files
 from whalepod.parallel.weights import build_model, convert_hf, expected_tensors, load_weights, save_weights
-from whalepod.precision.fp8 import FP8, dequantize_blocks, scale_shape, use_fp8_storage
+from whalepod.precision.fp8 import FP8, dequantize_blocks, scale_shape
+from whalepod.precision.storage import use_fp8_storage
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import BlockFP8, ModelSpec, from_config, read_config, to_config
 

@@ -267,8 +267,19 @@ class _Collect(torch.autograd.Function):
         return grad_TD.index_select(0, ctx.saved_tensors[0]), None, None
 
 
+GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Rows [N, in], weights [E, out, in] and `Rows.ends_E` -> [N, out]: each row times its expert's weight."""
+
+
+def grouped_product(x_ND: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
+    return F.grouped_mm(x_ND, weight.transpose(1, 2), offs=ends_E)
+
+
 class GroupedExperts(nn.Module):
-    """All routed experts as three stacked weights and two grouped products."""
+    """All routed experts as three stacked weights and two grouped products.
+
+    `product` makes these; `precision/` may put another in its place.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -278,10 +289,11 @@ class GroupedExperts(nn.Module):
         # and a shard of the width keeps them paired.
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2, width, spec.hidden_size))
         self.down = nn.Parameter(torch.empty(num_experts, spec.hidden_size, width))
+        self.product: GroupedProduct = grouped_product
 
     def forward(self, rows: Rows) -> Tensor:
         """[N, D] outputs, already multiplied by the rows' weights."""
-        gate_up, down = self.gate_up.flatten(1, 2), self.down
+        gate_up, down, ends = self.gate_up.flatten(1, 2), self.down, rows.ends_E
         multiple = 16 // down.element_size()
         for size in down.shape[1:]:
             if size % multiple:
@@ -289,10 +301,10 @@ class GroupedExperts(nn.Module):
                     f"grouped products in {down.dtype} need sizes in multiples of {multiple} (16 bytes): "
                     f"hidden_size and the experts' width, not {size}"
                 )
-        hidden = F.grouped_mm(rows.x_ND, gate_up.transpose(1, 2), offs=rows.ends_E)
+        hidden = self.product(rows.x_ND, gate_up, ends)
         gate, up = hidden.chunk(2, dim=-1)
         hidden = F.silu(gate) * up * rows.weights_N.unsqueeze(-1).to(hidden.dtype)
-        return F.grouped_mm(hidden, down.transpose(1, 2), offs=rows.ends_E)
+        return self.product(hidden, down, ends)
 
 
 class MoELayer(nn.Module):

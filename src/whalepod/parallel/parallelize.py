@@ -1,9 +1,9 @@
 """The only door: a model and a Layout in, a model spread over this job's devices out.
 
 Applied in one fixed order: cut the parameters by the table, put the moves of tensor parallelism
-around the modules, give the experts their exchange, recompute, and last FSDP2 or flat masters, which
-own the memory from then on. A model on the meta device is filled on the way, under FSDP2 block by
-block, so that a rank never holds more than its share and one block.
+around the modules, give the experts their exchange, compute in FP8, recompute, and last FSDP2 or flat
+masters, which own the memory from then on. A model on the meta device is filled on the way, under FSDP2
+block by block, so that a rank never holds more than its share and one block.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ from whalepod.parallel.sharding import Box, Held, shard_parameters
 from whalepod.parallel.stage import Stage, make_stages, shared_parameters, tie_stages
 from whalepod.parallel.state import TrainingState, sum_in_buckets
 from whalepod.parallel.tensor import split_tensors
+from whalepod.precision.fp8_training import compute_in_fp8
 from whalepod.spec.model import ModelSpec
+from whalepod.spec.run import FP8Config
 from whalepod.spec.schedule import RULES
 from whalepod.spec.stages import split_stages
 
 Part = Transformer  # a whole model, or a Stage of one
 Initial = Callable[[str, Box], Tensor]
 """The first value of a parameter, by its name and the part of it that this rank holds; float32."""
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
+"""Of weights and activations between products, by precision."""
 
 
 class Batch(NamedTuple):
@@ -187,14 +190,18 @@ def seeded(spec: ModelSpec, seed: int) -> Initial:
 
 
 def parallelize(
-    model: Transformer, mesh: Mesh, sequence_length: int, initial: Initial | None = None
+    model: Transformer,
+    mesh: Mesh,
+    sequence_length: int,
+    initial: Initial | None = None,
+    fp8: FP8Config | None = None,
 ) -> Parallel:
     """Spreads `model` by the mesh's layout. It must not be used on its own afterwards.
 
     The layout must fit the model (`Layout.check_model`) and sequences of `sequence_length`, for which
     pipeline stages are balanced. With `initial`, a model on the meta device is materialised with the values
     that it returns for each parameter's name and this rank's part of it; without, parameters are taken as
-    they are.
+    they are. fp8: how precision `fp8` rounds.
     """
     layout = mesh.layout
     parts: list[Part] = [model]
@@ -206,6 +213,8 @@ def parallelize(
         held |= shard_parameters(part, mesh)
         split_tensors(part, mesh)
         _spread_experts(part, mesh)
+        if layout.precision == "fp8":
+            compute_in_fp8(part, fp8 or FP8Config())
         apply_recompute(part, layout.recompute, mesh.traffic)
 
     def fill(module: nn.Module, path: str) -> None:

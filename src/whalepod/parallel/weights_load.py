@@ -15,7 +15,8 @@ from whalepod.models.transformer import Transformer
 from whalepod.parallel.weights_files import Progress, Region
 from whalepod.parallel.weights_names import SCALE_SUFFIX, Slot
 from whalepod.parallel.weights_source import Source, open_source, quantised
-from whalepod.precision.fp8 import FP8, FP8Storage, storage_names, use_fp8_storage
+from whalepod.precision.fp8 import FP8
+from whalepod.precision.storage import FP8Storage, storage_names, use_fp8_storage
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import BlockFP8, shown
 

@@ -20,7 +20,8 @@ from whalepod.parallel.weights_files import Planned, Progress, write_checkpoint
 from whalepod.parallel.weights_load import storage_of, tensors_of
 from whalepod.parallel.weights_names import SCALE_SUFFIX, Slot, slots
 from whalepod.parallel.weights_source import open_source, quantised
-from whalepod.precision.fp8 import FP8, dequantize_blocks, scale_shape, storage_names
+from whalepod.precision.fp8 import FP8, dequantize_blocks, scale_shape
+from whalepod.precision.storage import storage_names
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.model import BlockFP8, to_config
 

@@ -47,6 +47,17 @@ class DataConfig(_Section):
     max_mib: float | None = Field(default=None, gt=0)
 
 
+class FP8Config(_Section):
+    """How `layout.precision: fp8` rounds (V3, section 3.3.2).
+
+    scales: powers of two (`ue8m0`, as V3.1 was trained) or any `float32`. gradients: in `tiles` of 1 x 128
+    for the gradient of a layer's input, or in `blocks` of 128 x 128, with which the report's model diverged.
+    """
+
+    scales: Literal["ue8m0", "float32"] = "ue8m0"
+    gradients: Literal["tiles", "blocks"] = "tiles"
+
+
 class OptimizerConfig(_Section):
     """AdamW as in DeepSeek-V3 (section 4.2); weight decay on matrices only."""
 
@@ -102,6 +113,7 @@ class RunConfig(_Section):
     model: str | dict[str, Any] = DEFAULT_MODEL
     layout: LayoutConfig = Field(default_factory=LayoutConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    fp8: FP8Config = Field(default_factory=FP8Config)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     loss: LossConfig = Field(default_factory=LossConfig)

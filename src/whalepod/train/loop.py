@@ -16,7 +16,7 @@ from torch import Tensor
 from whalepod.parallel import checkpoint
 from whalepod.parallel.checkpoint import Progress
 from whalepod.parallel.mesh import Mesh, local_device, open_mesh
-from whalepod.parallel.parallelize import seeded
+from whalepod.parallel.parallelize import DTYPES, seeded
 from whalepod.spec.counts import train_flops
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
@@ -161,7 +161,7 @@ class Trainer:
         """Trains from where the run stands to its last step, or to step `until`."""
         config, axis = self.config, self.mesh.world
         end = config.train.steps if until is None else min(until, config.train.steps)
-        dtype = torch.bfloat16 if self.layout.precision == "bf16" else torch.float32
+        dtype = DTYPES[self.layout.precision]
         axis.barrier()
         mine = measure_peak_flops(self.mesh.device, dtype)
         peak = sum(row[0] for row in axis.all_gather_floats([mine]))

@@ -55,8 +55,6 @@ def train(
             f"{spec.max_position_embeddings} positions"
         )
     layout.check_model(spec, config.data.sequence_length)
-    if layout.precision == "fp8":
-        raise UserError("layout.precision fp8 is planned for but cannot be trained in yet; use bf16")
     with torch.device("meta"):
         Transformer(spec)  # says now what cannot be run
     under_launcher = "RANK" in os.environ

@@ -27,7 +27,7 @@ class TrainStep:
         self.layout = mesh.layout
         with torch.device("meta"):
             model = Transformer(spec)
-        self.parallel: Parallel = parallelize(model, mesh, config.data.sequence_length, initial)
+        self.parallel: Parallel = parallelize(model, mesh, config.data.sequence_length, initial, config.fp8)
         self.parallel.train()
         self.state: TrainingState = self.parallel.state
         self.optimizer = _adamw(self.state, config)

@@ -19,7 +19,7 @@ from torch import Tensor
 from whalepod.parallel.comm import Axis
 from whalepod.parallel.exchange.landing import Landing, land
 from whalepod.parallel.exchange.overlap import Overlapped
-from whalepod.precision.fp8 import dequantize_tiles, quantize_tiles
+from whalepod.precision.tiles import ROW, Quantized, dequantize, quantize
 from whalepod.spec.layout import Wire
 
 
@@ -76,7 +76,7 @@ class _Trip:
             self._ids, self._num_experts
         )
         x_RD, ids_RK, weights_RK, picks_of_expert, self._handle, event = self._buffer.dispatch(
-            quantize_tiles(x_TD) if self._wire == "fp8" else x_TD,
+            tuple(quantize(x_TD, ROW, "float32")) if self._wire == "fp8" else x_TD,
             topk_idx=self._ids,
             topk_weights=weights_TK.float(),
             num_tokens_per_rank=per_rank,
@@ -91,8 +91,7 @@ class _Trip:
         x_RD, ids_RK, weights_RK, num_picks, dtype, event = self._landed()
         event.current_stream_wait()
         if self._wire == "fp8":
-            values, scale = x_RD
-            x_RD = dequantize_tiles(values, scale, dtype)
+            x_RD = dequantize(Quantized(*x_RD), dtype)
         # Ids count from the first expert here already.
         self.landing = land(ids_RK, self._num_local, num_picks)
         return self.landing.sort(x_RD, weights_RK)

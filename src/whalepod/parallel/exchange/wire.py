@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from whalepod.precision.fp8 import FP8, dequantize_tiles, quantize_tiles
+from whalepod.precision.fp8 import FP8
+from whalepod.precision.tiles import ROW, Quantized, dequantize, quantize
 from whalepod.spec.layout import FP8_BLOCK, Wire
 
 
@@ -36,7 +37,7 @@ class Parcel(NamedTuple):
     def encode(self, x_TD: Tensor) -> Tensor:
         """Activations as bytes [T, B]."""
         if self.wire == "fp8":
-            values, scale = quantize_tiles(x_TD, FP8_BLOCK)
+            values, scale = quantize(x_TD, ROW, "float32")
             return torch.cat([to_bytes(values), to_bytes(scale)], dim=1)
         return to_bytes(x_TD)
 
@@ -45,7 +46,7 @@ class Parcel(NamedTuple):
         body = parcels_RB[:, : self._body]
         if self.wire == "fp8":
             values, scale = body.split([self.hidden, self._body - self.hidden], dim=1)
-            return dequantize_tiles(values.view(FP8), scale.view(torch.float32), self.dtype)
+            return dequantize(Quantized(values.view(FP8), scale.view(torch.float32)), self.dtype)
         return body.view(self.dtype)
 
     def ids(self, parcels_RB: Tensor) -> Tensor:

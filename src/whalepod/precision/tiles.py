@@ -1,0 +1,89 @@
+"""Activations and gradients in FP8, one scale per tile (DeepSeek-V3, section 3.3.2).
+
+A tile is 1 x 128 or 128 x 1: 128 numbers along the dimension that a product sums over, so that one outlier
+spoils few others; weights have blocks of 128 x 128. `Quantized` holds any of them. Tiles at the end of a row
+or column may be cut short.
+
+As in `fp8.py` a scale is the tile's largest magnitude / 448, rounded up to a power of two for `ue8m0`. Then
+neither turning a matrix's tiles round nor sending it twice rounds anything twice, and scaled values are exact
+in BF16. NaN and infinity are not refused: a broken activation has to show in the loss, as NaN.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from whalepod.precision.fp8 import FP8, Block, ScaleFormat, block_scale, widened
+
+TILE = 128
+ROW: Block = (1, TILE)
+COLUMN: Block = (TILE, 1)
+SQUARE: Block = (TILE, TILE)
+
+
+class Quantized(NamedTuple):
+    """E4M3 `values` [..., M, N] and float32 `scale` of each tile or block."""
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def block(self) -> Block:
+        """Rows and columns that share a scale: 1 or 128 each."""
+        rows, columns = (
+            1 if n == m else TILE for n, m in zip(self.values.shape[-2:], self.scale.shape[-2:], strict=True)
+        )
+        return rows, columns
+
+    @property
+    def mT(self) -> Quantized:
+        return Quantized(self.values.mT, self.scale.mT)
+
+
+def quantize(x: Tensor, block: Block, scale_fmt: ScaleFormat) -> Quantized:
+    """`x` [..., M, N] in FP8 with a scale for each `block`."""
+    grid = _grid(x, block)
+    scale = block_scale(grid.abs().amax((-3, -1)).float(), scale_fmt)
+    wide = scale[..., :, None, :, None]
+    # A power of two divides a BF16 number exactly. What rounding lifts above 448 stays below 464, from
+    # where on the cast to E4M3 would make it NaN.
+    fits = x.dtype == torch.bfloat16 and scale_fmt == "ue8m0"
+    scaled = grid * wide.reciprocal().to(x.dtype) if fits else grid.float() / wide
+    return Quantized(_whole(scaled.to(FP8), x.shape), scale)
+
+
+def dequantize(x: Quantized, dtype: torch.dtype) -> Tensor:
+    """Values times scales; the product is made in float32, then rounded to `dtype`."""
+    values = x.values
+    if not values.is_contiguous() and values.mT.is_contiguous():
+        return dequantize(x.mT, dtype).mT
+    grid = _grid(widened(values, dtype), x.block)
+    scaled = grid * x.scale[..., :, None, :, None]
+    return _whole(scaled, values.shape).to(dtype)
+
+
+def dequantize_exactly(x: Quantized) -> Tensor:
+    """In BF16, of scales that are powers of two: no rounding, and half the memory traffic."""
+    values = x.values
+    if not values.is_contiguous() and values.mT.is_contiguous():
+        return dequantize_exactly(x.mT).mT
+    grid = _grid(widened(values, torch.bfloat16), x.block)
+    return _whole(grid * x.scale.bfloat16()[..., :, None, :, None], values.shape)
+
+
+def _grid(x: Tensor, block: Block) -> Tensor:
+    """[..., M, N] -> [..., block rows, rows in one, block columns, columns in one], zeros at ragged edges."""
+    missing = (-x.shape[-1] % block[1], -x.shape[-2] % block[0])
+    if any(missing):
+        x = F.pad(x, (0, missing[0], 0, missing[1]))
+    return x.unflatten(-1, (x.shape[-1] // block[1], block[1])).unflatten(
+        -3, (x.shape[-2] // block[0], block[0])
+    )
+
+
+def _whole(grid: Tensor, shape: torch.Size) -> Tensor:
+    return grid.flatten(-2).flatten(-3, -2)[..., : shape[-2], : shape[-1]].contiguous()
