@@ -74,7 +74,7 @@ class Event(NamedTuple):
 def recorded() -> Iterator[list[Event]]:
     """Every action of this rank, in order, while the context is open."""
     events: list[Event] = []
-    cls: Any = pipeline._TorchStage
+    cls: Any = pipeline.TorchStage
     kinds: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], str]] = {
         "forward_one_chunk": lambda args, kwargs: "F",
         "backward_one_chunk": lambda args, kwargs: (

@@ -79,11 +79,6 @@ def dry_run(
     spec, layout = config.model_spec(), config.make_layout()
     _check(config, spec, layout, cluster, rank)
     notes = []
-    if layout.precision == "fp8":
-        layout = replace(layout, precision="bf16")
-        section = config.layout.model_copy(update={"precision": "bf16"})
-        config = config.model_copy(update={"layout": section})
-        notes.append("precision fp8 cannot be trained in yet: this is the step in BF16")
     if layout.exchange == "auto" and layout.ep > 1:
         notes.append("exchange auto is counted as two_hop: DeepEP sends the same rows where it is installed")
     ranks = [rank] if rank is not None else _ranks(layout, roles)

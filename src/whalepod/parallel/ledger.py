@@ -32,6 +32,7 @@ from torch.utils.flop_counter import (
 from whalepod.models.attention import Attention
 from whalepod.models.mlp import SwiGLU
 from whalepod.models.moe import GroupedExperts, Router
+from whalepod.precision.products import OPERATIONS as _fp8
 
 T = TypeVar("T")
 _aten = torch.ops.aten
@@ -345,6 +346,22 @@ def _grouped_flops(a_shape: Any, b_shape: Any, *_args: Any, out_shape: Any = Non
     if len(b_shape) == 3:  # [N, inner] x [E, inner, columns]
         return 2 * a_shape[0] * a_shape[1] * b_shape[2]
     return 2 * a_shape[0] * a_shape[1] * b_shape[1]  # weights' gradient: [rows, N] x [N, columns]
+
+
+@register_flop_formula([_fp8.fp8_mm, _fp8.fp8_grouped_mm])
+def _fp8_flops(
+    a_shape: Any, _a: Any, b_shape: Any, _b: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any
+) -> int:
+    """[M, K] x [N, K], or rows x their experts' weights: [N, K] x [E, M, K]."""
+    return 2 * a_shape[0] * a_shape[1] * b_shape[-2]
+
+
+@register_flop_formula(_fp8.fp8_grouped_sum)
+def _fp8_sum_flops(
+    a_shape: Any, _a: Any, b_shape: Any, _b: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any
+) -> int:
+    """[N, M] x [N, K], summed over the rows of each expert."""
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
 
 
 @register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)

@@ -23,14 +23,17 @@ from whalepod.models.mlp import SwiGLU
 from whalepod.models.moe import GroupedExperts, Router, routers
 from whalepod.models.transformer import Block
 from whalepod.parallel.comm import SAVED_BY_RECOMPUTE, Traffic
+from whalepod.precision.products import OPERATIONS as _fp8
 from whalepod.spec.layout import Recompute
 
 _aten, _ops = torch.ops.aten, torch.ops._c10d_functional
+_LINEAR = (_aten.mm.default, _fp8.fp8_mm.default)
 _KEPT = {
-    _aten.mm.default,
+    *_LINEAR,
     _aten.addmm.default,
     _aten.bmm.default,
     _aten._grouped_mm.default,
+    _fp8.fp8_grouped_mm.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
@@ -160,7 +163,7 @@ class _Selective:
         keep = op in _KEPT and not self._in_up_projection
         if not keep:
             return CheckpointPolicy.PREFER_RECOMPUTE
-        if op == _ops.reduce_scatter_tensor.default and self._kept and self._kept[-1][0] == _aten.mm.default:
+        if op == _ops.reduce_scatter_tensor.default and self._kept and self._kept[-1][0] in _LINEAR:
             self._unread.add(self._kept[-1])
         self._kept.append((op, self._mode.func_counter[op] - 1))
         if self._in_tail or self._traffic.passing:

@@ -241,7 +241,7 @@ def _expert_sizes(spec: ModelSpec, inner: int, tp: int) -> list[int]:
 
 def _splits(spec: ModelSpec, tp: int, precision: str) -> bool:
     """Whether `tp` cuts heads, vocabulary and widths evenly, in FP8 into whole blocks."""
-    a, block = spec.attention, FP8_BLOCK if precision == "fp8" else 1
+    a, block = spec.attention, FP8_BLOCK if precision == "fp8" and tp > 1 else 1
     sizes = [(spec.num_attention_heads, 1), (spec.vocab_size, 1)]
     if isinstance(a, GQA):
         sizes += [(a.num_key_value_heads, 1), (a.num_key_value_heads * a.head_dim, block)]
@@ -256,7 +256,7 @@ def _splits(spec: ModelSpec, tp: int, precision: str) -> bool:
 
 def _cuts_experts(spec: ModelSpec, tp: int, precision: str) -> bool:
     """Whether `tp` may cut every expert's width: grouped products want 16 bytes, FP8 whole blocks."""
-    multiple = {"fp8": FP8_BLOCK, "fp32": 4}.get(precision, 8)
+    multiple = FP8_BLOCK if precision == "fp8" and tp > 1 else 4 if precision == "fp32" else 8
     return spec.moe is None or spec.moe.moe_intermediate_size % (tp * multiple) == 0
 
 

@@ -38,7 +38,7 @@ _library.define(
     "fp8_grouped_sum(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor ends, bool powers, "
     "ScalarType dtype) -> Tensor"
 )
-_ops: Any = torch.ops.whalepod
+OPERATIONS: Any = torch.ops.whalepod
 
 
 # ------------------------------------------------------------------------------------------ what is called
@@ -46,17 +46,17 @@ _ops: Any = torch.ops.whalepod
 
 def quantize(x: Tensor, block: Block, scale_fmt: ScaleFormat) -> Quantized:
     """`x` [..., M, N] in FP8 with a scale for each `block`."""
-    return Quantized(*_ops.fp8_quantize(x, *block, scale_fmt == "ue8m0"))
+    return Quantized(*OPERATIONS.fp8_quantize(x, *block, scale_fmt == "ue8m0"))
 
 
 def turned(x: Quantized, scale_fmt: ScaleFormat) -> Quantized:
     """The same matrix [M, N] with tiles of 128 x 1 in place of 1 x 128."""
-    return Quantized(*_ops.fp8_turn(*x, scale_fmt == "ue8m0"))
+    return Quantized(*OPERATIONS.fp8_turn(*x, scale_fmt == "ue8m0"))
 
 
 def multiply(a: Quantized, b: Quantized, scale_fmt: ScaleFormat, dtype: torch.dtype) -> Tensor:
     """a [M, K] times b [N, K] transposed: [M, N]. Scales lie along K: tiles of either, or blocks."""
-    return _ops.fp8_mm(*a, *b, scale_fmt == "ue8m0", dtype)
+    return OPERATIONS.fp8_mm(*a, *b, scale_fmt == "ue8m0", dtype)
 
 
 def multiply_groups(
@@ -66,7 +66,7 @@ def multiply_groups(
 
     Rows behind the last group become zero: they may share a tile of 128 x 1 with rows of the group.
     """
-    return _ops.fp8_grouped_mm(*a, *b, ends, scale_fmt == "ue8m0", dtype)
+    return OPERATIONS.fp8_grouped_mm(*a, *b, ends, scale_fmt == "ue8m0", dtype)
 
 
 def sum_groups(
@@ -74,7 +74,7 @@ def sum_groups(
 ) -> Tensor:
     """Of the rows of each group, a [N, M] transposed times b [N, K]: [E, M, K]. Tiles are 128 x 1, counted
     from the first row of all."""
-    return _ops.fp8_grouped_sum(*a, *b, ends, scale_fmt == "ue8m0", dtype)
+    return OPERATIONS.fp8_grouped_sum(*a, *b, ends, scale_fmt == "ue8m0", dtype)
 
 
 # ---------------------------------------------------------------------------------------- emulated on a CPU
@@ -127,9 +127,9 @@ def _grouped_mm(
         out[int(ends[-1]) :] = 0
         return out
     out = torch.zeros(len(a), b.shape[1], dtype=dtype)
-    start = 0
+    scale, start = _each_row(x), 0
     for expert, end in enumerate(ends.tolist()):
-        rows = Quantized(a[start:end], a_scale[start:end])
+        rows = Quantized(a[start:end], scale[start:end])
         if end > start:
             out[start:end] = _by_blocks(rows, Quantized(b[expert], b_scale[expert]))
         start = end

@@ -248,7 +248,7 @@ class Layout:
         if rule is None:
             return
         if alone := broken(1):
-            remedy = ": use layout.precision bf16" if alone.multiple == FP8_BLOCK else ""
+            remedy = ": use layout.precision bf16, or tp 1" if alone.multiple == FP8_BLOCK else ""
             raise UserError(f"{alone.name} {alone.size} is no multiple of {alone.why}{remedy}")
         valid = [tp for tp in range(1, spec.num_attention_heads + 1) if not broken(tp)]
         below = max((tp for tp in valid if tp < self.tp), default=None)
@@ -262,8 +262,9 @@ class Layout:
         )
 
     def _widths(self, spec: ModelSpec) -> Iterator[_Width]:
-        """What `tp` cuts."""
-        fp8 = (FP8_BLOCK, f"the {FP8_BLOCK}-wide FP8 blocks") if self.precision == "fp8" else (1, "1")
+        """What `tp` cuts. In FP8 between blocks only: they are then the same as on one device."""
+        in_blocks = self.precision == "fp8" and self.tp > 1
+        fp8 = (FP8_BLOCK, f"the {FP8_BLOCK}-wide FP8 blocks") if in_blocks else (1, "1")
         a, heads = spec.attention, spec.num_attention_heads
         yield _Width("num_attention_heads", heads)
         yield _Width("vocab_size", spec.vocab_size)
