@@ -14,6 +14,7 @@ other scales go block by block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -182,12 +183,22 @@ def _fake_grouped_sum(
     return a.new_empty(ends.shape[0], a.shape[1], b.shape[1], dtype=dtype)
 
 
+def _kernel(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        from whalepod.precision import kernels  # Triton comes with torch's CUDA builds only
+
+        return getattr(kernels, name)(*args)
+
+    return call
+
+
 for _name, _emulated, _fake in (
-    ("fp8_quantize", _quantize, _fake_quantize),
-    ("fp8_turn", _turn, _fake_turn),
-    ("fp8_mm", _mm, _fake_mm),
-    ("fp8_grouped_mm", _grouped_mm, _fake_grouped_mm),
-    ("fp8_grouped_sum", _grouped_sum, _fake_grouped_sum),
+    ("quantize", _quantize, _fake_quantize),
+    ("turn", _turn, _fake_turn),
+    ("mm", _mm, _fake_mm),
+    ("grouped_mm", _grouped_mm, _fake_grouped_mm),
+    ("grouped_sum", _grouped_sum, _fake_grouped_sum),
 ):
-    _library.impl(_name, _emulated, "CPU")
-    torch.library.register_fake(f"whalepod::{_name}", _fake, lib=_library)
+    _library.impl(f"fp8_{_name}", _emulated, "CPU")
+    _library.impl(f"fp8_{_name}", _kernel(_name), "CUDA")
+    torch.library.register_fake(f"whalepod::fp8_{_name}", _fake, lib=_library)
