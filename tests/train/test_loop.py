@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,18 @@ def test_it_learns_and_writes_everything_down(run_values) -> None:
     assert checkpoint.steps_saved(out / "checkpoints") == [40]
 
 
-def test_resume_is_exact(run_values, tmp_path) -> None:
+RECIPES = [
+    {},
+    {"optimizer": {"learning_rate": 1e-2, "moments": "bf16"}},
+    {"schedule": {"warmup_steps": 2, "batch_start": 2, "batch_until": 0.4}},
+    {"layout": {"micro_batch": 2, "global_batch": 4, "precision": "fp8"}},
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=["fp32", "moments", "ramp", "fp8"])
+def test_resume_is_exact(run_values, tmp_path, recipe) -> None:
     """Interrupted after a checkpoint and after two more steps: the same losses to the last bit."""
+    run_values |= recipe
     whole = make_run(run_values | {"out": str(tmp_path / "whole")})
     train(whole, quiet=True)
     broken = make_run(run_values | {"out": str(tmp_path / "broken")})
@@ -61,6 +72,10 @@ def test_resume_is_exact(run_values, tmp_path) -> None:
     ]
     # Step 3 was the broken run's last once, and has a held-out loss for that: the rest is equal.
     assert [r["loss"] for r in a] == [r["loss"] for r in b]
+    if "schedule" in recipe:
+        sizes = [after["tokens"] - before["tokens"] for before, after in pairwise(a)]
+        assert sizes == sorted(sizes)
+        assert {sizes[0], sizes[-1]} == {2 * 32, 4 * 32}
 
 
 def test_old_checkpoints_go_and_unfinished_ones_do_not_count(run_values) -> None:

@@ -16,7 +16,7 @@ from whalepod.dryrun.role import Measured, measure
 from whalepod.planner.answers import TrainingPlan
 from whalepod.planner.plan import time_run
 from whalepod.planner.search import TrainingJob
-from whalepod.planner.software import load_software
+from whalepod.planner.software import own_software
 from whalepod.spec.counts import GIB
 from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Cluster
@@ -85,9 +85,10 @@ def dry_run(
     on_gpu = cluster.gpu.architecture != "cpu"
     one = partial(measure, config, spec, on_gpu=on_gpu, imbalance=imbalance)
     measured = _measure_all(one, ranks, progress)
-    software = load_software("whalepod").on(cluster)
+    own = own_software(config.optimizer.moments)
+    software = own.on(cluster)
     job = TrainingJob(
-        *(spec, cluster, load_software("whalepod"), layout.global_batch, config.data.sequence_length),
+        *(spec, cluster, own, layout.global_batch, config.data.sequence_length),
         *(layout.precision, imbalance),
     )
     plan = time_run(job, layout)

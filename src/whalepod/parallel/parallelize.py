@@ -56,7 +56,7 @@ class Parallel:
     def __init__(self, parts: list[Part], state: TrainingState, spec: ModelSpec, mesh: Mesh) -> None:
         self.parts, self.state, self.spec, self.mesh = parts, state, spec, mesh
         self.attend: Attend = context_attend(mesh["cp"])
-        self._pipelines: dict[int, Pipeline] = {}
+        self._pipelines: dict[tuple[int, int], Pipeline] = {}
 
     def train(self, mode: bool = True) -> None:
         for part in self.parts:
@@ -89,7 +89,9 @@ class Parallel:
         weights = means * torch.tensor([1.0, *[mtp_weight] * depths], device=rows.device)
         self.state.start_step()
         if self.mesh.layout.pp > 1:
-            sums = self._pipeline(rows).step(*self.batch(rows), weights)
+            sums = self._pipeline(rows, len(rows) // self.mesh.layout.micro_batch).step(
+                *self.batch(rows), weights
+            )
         else:
             sums = torch.zeros(1 + depths, device=rows.device)
             micro_batches = rows.split(self.mesh.layout.micro_batch)
@@ -127,7 +129,7 @@ class Parallel:
             targets[counted:] = IGNORED
             batch = batch._replace(targets_BSK=targets)
         if self.mesh.layout.pp > 1:
-            return self._pipeline(rows).evaluate(*batch)[0]
+            return self._pipeline(rows, self.mesh.layout.accumulation_steps).evaluate(*batch)[0]
         return self._losses(batch)[0]
 
     def total(self, parts: Tensor) -> Tensor:
@@ -167,21 +169,21 @@ class Parallel:
         losses: Losses = self.parts[0](*batch, self.attend)
         return torch.stack((losses.main, *losses.mtp))
 
-    def _pipeline(self, rows: Tensor) -> Pipeline:
-        """The schedule's runner for sequences as long as these."""
+    def _pipeline(self, rows: Tensor, micro_batches: int) -> Pipeline:
+        """The schedule's runner for so many micro-batches of sequences as long as these."""
         layout, depths = self.mesh.layout, self.spec.num_nextn_predict_layers
         length = (rows.shape[1] - 1 - depths) // (layout.cp * layout.tp)
-        if length not in self._pipelines:
-            self._pipelines[length] = Pipeline(
+        if (length, micro_batches) not in self._pipelines:
+            self._pipelines[length, micro_batches] = Pipeline(
                 [part for part in self.parts if isinstance(part, Stage)],
                 layout.schedule,
-                layout.accumulation_steps,
+                micro_batches,
                 self.mesh["pp"],
                 Hidden(layout.micro_batch, length, DTYPES[layout.precision]),
                 self.mesh.device,
                 lambda stage: self.state.after_backward(),
             )
-        return self._pipelines[length]
+        return self._pipelines[length, micro_batches]
 
 
 def seeded(spec: ModelSpec, seed: int) -> Initial:

@@ -18,6 +18,7 @@ from whalepod.planner.memory import NO_OVERHEAD, OVERHEAD, Overhead
 from whalepod.planner.state import DEEPSEEK_STATE, MEGATRON_STATE, OWN_STATE, StateTypes
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.hardware import Cluster, Gpu
+from whalepod.spec.run import Moments
 
 Dispatcher = Literal["all-to-all", "two_hop", "deepep", "hybridep"]
 
@@ -293,3 +294,11 @@ def load_software(name: str) -> Software:
     if name not in GENERATIONS:
         raise UserError(f"unknown software {name!r}{nearest(name, GENERATIONS)}")
     return GENERATIONS[name]
+
+
+def own_software(moments: Moments = "fp32") -> Software:
+    """This project's runtime, with Adam's moments stored so."""
+    software = load_software("whalepod")
+    if moments == "bf16":
+        return replace(software, state=replace(software.state, moment1=2, moment2=2))
+    return software

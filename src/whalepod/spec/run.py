@@ -47,6 +47,9 @@ class DataConfig(_Section):
     max_mib: float | None = Field(default=None, gt=0)
 
 
+Moments = Literal["fp32", "bf16"]
+
+
 class FP8Config(_Section):
     """How `layout.precision: fp8` rounds (V3, section 3.3.2).
 
@@ -59,7 +62,8 @@ class FP8Config(_Section):
 
 
 class OptimizerConfig(_Section):
-    """AdamW as in DeepSeek-V3 (section 4.2); weight decay on matrices only."""
+    """AdamW as in DeepSeek-V3 (section 4.2); weight decay on matrices only. moments: how they are stored
+    (V3, section 3.3.2: in BF16); they are computed in FP32."""
 
     learning_rate: float = Field(default=1e-3, gt=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -67,18 +71,29 @@ class OptimizerConfig(_Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
+    moments: Moments = "fp32"
 
 
 class ScheduleConfig(_Section):
-    """Learning rate of DeepSeek-V3 (section 4.2): warm-up, constant, cosine, constant.
+    """What changes along a run. Ends of phases are shares of the run's tokens; those of DeepSeek-V3 (section
+    4.2) are the defaults: 469B, 10T, 14.3T and 14.633T of 14.8T.
 
-    The phases' ends are fractions of all steps: 10 T, 14.3 T and 14.467 T of 14.8 T tokens there.
+    shape: of the learning rate after `warmup_steps`. `v3`: constant, cosine to `final_fraction` of the peak
+    between `constant_until` and `decay_until`, constant, `last_fraction` from `last_from` on. `v2`: times
+    0.316 at 60 % and again at 90 %. `cosine`: to `final_fraction` over the whole run.
+    batch_start: sequences of the first steps (V3: a fifth); the batch grows to layout.global_batch until
+    `batch_until`. null: it is constant.
     """
 
+    shape: Literal["v3", "v2", "cosine"] = "v3"
     warmup_steps: int = Field(default=20, ge=0)
     constant_until: float = Field(default=0.676, ge=0, le=1)
     decay_until: float = Field(default=0.966, ge=0, le=1)
     final_fraction: float = Field(default=0.1, ge=0, le=1)
+    last_from: float = Field(default=0.9887, ge=0, le=1)
+    last_fraction: float = Field(default=0.0332, gt=0, le=1)
+    batch_start: int | None = Field(default=None, ge=1)
+    batch_until: float = Field(default=0.0317, ge=0, le=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> ScheduleConfig:
@@ -88,10 +103,14 @@ class ScheduleConfig(_Section):
 
 
 class LossConfig(_Section):
-    """MTP weight lambda, bias update speed gamma, sequence-wise balance alpha (V3, section 4.2)."""
+    """MTP weight lambda, bias update speed gamma, sequence-wise balance alpha, and the shares of the run's
+    tokens at which lambda falls and gamma becomes 0 (V3, section 4.2: 10T and 14.3T of 14.8T)."""
 
     mtp_weight: float = Field(default=0.3, ge=0)
+    mtp_weight_late: float = Field(default=0.1, ge=0)
+    mtp_late_from: float = Field(default=0.676, ge=0, le=1)
     bias_update_speed: float = Field(default=1e-3, ge=0)
+    bias_until: float = Field(default=0.966, ge=0, le=1)
     sequence_balance: float = Field(default=1e-4, ge=0)
 
 

@@ -33,7 +33,7 @@ from whalepod.train.metrics import (
     peak_memory_gib,
 )
 from whalepod.train.predict import Prediction, predict
-from whalepod.train.schedule import learning_rate
+from whalepod.train.schedule import Course
 from whalepod.train.step import TrainStep
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -89,6 +89,7 @@ class Trainer:
         self._files = files
         self.work = TrainStep(config, spec, mesh, seeded(spec, config.train.seed))
         self.parallel, self.optimizer = self.work.parallel, self.work.optimizer
+        self.course = Course(config)
 
     @property
     def _sequences_seen(self) -> int:
@@ -113,12 +114,11 @@ class Trainer:
 
     def step(self) -> tuple[Tensor, Tensor, float]:
         """One optimiser step. Returns the global sums of main and MTP loss per token, and the norm."""
-        config, dp = self.config, self.mesh["dp"]
+        dp, step, course = self.mesh["dp"], self.progress.step, self.course
         rows = torch.from_numpy(
-            self.data.batch_at(self._sequences_seen, self.layout.global_batch, dp.rank, dp.size)
+            self.data.batch_at(self._sequences_seen, course.batch(step), dp.rank, dp.size)
         ).to(self.mesh.device)
-        rate = learning_rate(self.progress.step, config.train.steps, config.optimizer, config.schedule)
-        losses, norm = self.work.step(rows, rate)
+        losses, norm = self.work.step(rows, course.learning_rate(step), course.mtp_weight(step))
         if math.isfinite(norm):
             self._skipped_in_a_row = 0
         else:
@@ -165,16 +165,14 @@ class Trainer:
         axis.barrier()
         mine = measure_peak_flops(self.mesh.device, dtype)
         peak = sum(row[0] for row in axis.all_gather_floats([mine]))
-        tokens_in_step = self.work.tokens
-        flops = train_flops(
-            self.spec, config.data.sequence_length, mtp=self.spec.num_nextn_predict_layers > 0
-        ).total
+        length = config.data.sequence_length
+        flops = train_flops(self.spec, length, mtp=self.spec.num_nextn_predict_layers > 0).total
         reporter = None
         if self.mesh.is_first:
             label = f"{self.spec.name} on {axis.size} worker" + "s" * (axis.size > 1)
             reporter = Reporter(self.folder, end, self.progress.step, label, quiet)
         predicted = self._predict() if self.mesh.is_first else None
-        timed: list[float] = []
+        timed: list[tuple[float, float]] = []  # seconds of a step, tokens a second
         peak_bytes: int | None = None
         moved: Counter[tuple[str, str]] = Counter()
         loss, validation = float("nan"), None
@@ -183,6 +181,7 @@ class Trainer:
             while self.progress.step < end:
                 # By the third step all that stays has been made; it is counted, if another can be timed.
                 counts = self.progress.step == first_step + COUNTED_STEP < end - 1
+                tokens_in_step = self.course.batch(self.progress.step) * length
                 bytes_before, start = Counter(self.mesh.traffic.bytes), time.perf_counter()
                 if counts:
                     (loss, mtp, norm, load), peak_bytes = counted_step(self.work, self._balanced_step)
@@ -191,7 +190,7 @@ class Trainer:
                 seconds = time.perf_counter() - start
                 moved = self.mesh.traffic.bytes - bytes_before
                 if not counts:
-                    timed.append(seconds)
+                    timed.append((seconds, tokens_in_step / seconds))
                 rate = self.optimizer.param_groups[0]["lr"]
                 self.progress = replace(
                     self.progress,
@@ -227,7 +226,8 @@ class Trainer:
         finally:
             if reporter is not None:
                 reporter.close()
-        step_s = statistics.median(timed[WARMUP_TIMED_STEPS:] or timed or [float("nan")])
+        timed = timed[WARMUP_TIMED_STEPS:] or timed or [(float("nan"), float("nan"))]
+        step_s, tokens_per_s = (statistics.median(values) for values in zip(*timed, strict=True))
         state_gib = self.parallel.held_bytes(self.optimizer) / GIB
         memory_rows = axis.all_gather_floats(
             [peak_memory_gib(self.mesh.device), state_gib, (peak_bytes or 0) / GIB]
@@ -238,9 +238,9 @@ class Trainer:
             tokens=self.progress.tokens,
             loss=loss,
             validation_loss=validation,
-            tokens_per_s=tokens_in_step / step_s,
+            tokens_per_s=tokens_per_s,
             step_s=step_s,
-            mfu=flops * tokens_in_step / step_s / peak,
+            mfu=flops * tokens_per_s / peak,
             peak_tflops=peak / 1e12,
             memory_gib=[row[0] for row in memory_rows],
             state_gib=[row[1] for row in memory_rows],
@@ -254,7 +254,7 @@ class Trainer:
 
     def _balanced_step(self) -> tuple[float, Tensor, float, Load | None]:
         main, mtp, norm = self.step()
-        load = self.work.balance(norm)
+        load = self.work.balance(norm, self.course.bias_speed(self.progress.step))
         return main.item(), mtp, norm, load
 
     def _predict(self) -> Prediction | None:
@@ -262,6 +262,7 @@ class Trainer:
         found = predict(
             *(self.spec, self.layout, self.config.data.sequence_length, self.mesh.device),
             threads=torch.get_num_threads(),
+            moments=self.config.optimizer.moments,
         )
         if found is not None:
             (self.folder / "prediction.json").write_text(json.dumps(asdict(found), indent=1))

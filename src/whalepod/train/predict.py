@@ -13,7 +13,7 @@ from whalepod.planner.candidates import Candidates
 from whalepod.planner.cut import cut
 from whalepod.planner.plan import time_run
 from whalepod.planner.search import TrainingJob
-from whalepod.planner.software import load_software
+from whalepod.planner.software import own_software
 from whalepod.planner.state import State, unit_counts
 from whalepod.planner.traffic import step_traffic
 from whalepod.spec.counts import GIB
@@ -22,11 +22,12 @@ from whalepod.spec.hardware import Cluster, Gpu, load_gpu, spelled_gpu
 from whalepod.spec.layout import Layout
 from whalepod.spec.measured import profile_name
 from whalepod.spec.model import ModelSpec
+from whalepod.spec.run import Moments
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one step. step_s, tokens_per_s: None where more workers than cores share a CPU.
+    """Of one step. step_s, tokens_per_s: None where more workers than cores share a CPU, and in emulated FP8.
 
     hardware: the profile's title; calibrated: whether it was measured. memory_gib: allocated at the peak on
     the fullest rank; state_gib: weights, gradients, masters and moments at the end of a backward pass.
@@ -43,30 +44,38 @@ class Prediction:
 
 
 def predict(
-    spec: ModelSpec, layout: Layout, sequence_length: int, device: torch.device, threads: int = 1
+    spec: ModelSpec,
+    layout: Layout,
+    sequence_length: int,
+    device: torch.device,
+    threads: int = 1,
+    moments: Moments = "fp32",
 ) -> Prediction | None:
     """The planner's figures for `layout` on devices like this one; None of one that no profile describes.
 
-    threads: of each worker on a CPU, whose profile is of one thread.
+    threads: of each worker on a CPU, whose profile is of one thread. moments: how the optimiser stores them.
     """
     gpu = here(device)
     if gpu is None:
         return None
     busy = layout.num_devices * threads > gpu.gpus_per_node and device.type == "cpu"
+    emulated = layout.precision == "fp8" and not gpu.supports("fp8")
+    if emulated:  # by products in BF16, and by more that has no model
+        gpu = replace(gpu, tflops={**gpu.tflops, "fp8": gpu.tflops["bf16"]})
     if device.type == "cpu":
         gpu = _with_threads(gpu, threads)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", layout.num_devices))
     cluster = Cluster(gpu, layout.num_devices, min(local, layout.num_devices))
     job = TrainingJob(
-        *(spec, cluster, load_software("whalepod"), layout.global_batch, sequence_length, layout.precision),
+        *(spec, cluster, own_software(moments), layout.global_batch, sequence_length, layout.precision),
         mtp=spec.num_nextn_predict_layers > 0,
     )
     plan = time_run(job, layout)
     return Prediction(
         hardware=gpu.title,
         calibrated=gpu.measured is not None,
-        step_s=None if busy else plan.step.seconds,
-        tokens_per_s=None if busy else plan.tokens_per_s,
+        step_s=None if busy or emulated else plan.step.seconds,
+        tokens_per_s=None if busy or emulated else plan.tokens_per_s,
         memory_gib=plan.memory_allocated_gib,
         state_gib=_state_gib(spec, layout, job, sequence_length),
         bytes_by_axis={

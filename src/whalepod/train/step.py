@@ -13,6 +13,7 @@ from whalepod.parallel.parallelize import Initial, Parallel, parallelize
 from whalepod.parallel.state import TrainingState
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.run import RunConfig
+from whalepod.train.adamw import make_optimizer
 from whalepod.train.balance import Load, balance_step, set_balance_weight
 
 
@@ -30,21 +31,22 @@ class TrainStep:
         self.parallel: Parallel = parallelize(model, mesh, config.data.sequence_length, initial, config.fp8)
         self.parallel.train()
         self.state: TrainingState = self.parallel.state
-        self.optimizer = _adamw(self.state, config)
-        set_balance_weight(self.parallel.routers, config.loss.sequence_balance, self.layout.global_batch)
+        self.optimizer = make_optimizer(self.state, config.optimizer)
 
-    @property
-    def tokens(self) -> int:
-        """Of one step, over all devices."""
-        return self.layout.global_batch * self.config.data.sequence_length
-
-    def step(self, rows: Tensor, learning_rate: float) -> tuple[Tensor, float]:
+    def step(
+        self, rows: Tensor, learning_rate: float, mtp_weight: float | None = None
+    ) -> tuple[Tensor, float]:
         """Forward and backward passes of this rank's sequences [B, S + 1 + MTP depths], clipping, update.
+        mtp_weight: None is that of the run's start.
 
         Returns the global sums [2] of main and MTP loss per token, and the gradient's norm. Where that is
         not finite the weights stay as they were.
         """
-        parts = self.parallel.backward(rows, self.tokens, self.config.loss.mtp_weight)
+        loss = self.config.loss
+        sequences = len(rows) * self.mesh["dp"].size
+        set_balance_weight(self.parallel.routers, loss.sequence_balance, sequences)
+        weight = loss.mtp_weight if mtp_weight is None else mtp_weight
+        parts = self.parallel.backward(rows, sequences * self.config.data.sequence_length, weight)
         norm = float(self.parallel.clip(self.config.optimizer.clip_norm))
         losses = self.parallel.total(parts)
         # A NaN or infinity anywhere makes the norm so.
@@ -55,16 +57,8 @@ class TrainStep:
             self.state.write_back()
         return losses, norm
 
-    def balance(self, norm: float) -> Load | None:
-        """Moves the selection biases after a step with this norm; the loads of a skipped one say nothing."""
-        speed = self.config.loss.bias_update_speed if math.isfinite(norm) else 0.0
-        return balance_step(self.parallel.routers, speed, self.mesh)
-
-
-def _adamw(state: TrainingState, config: RunConfig) -> torch.optim.Optimizer:
-    o = config.optimizer
-    groups = [
-        {"params": state.decayed, "weight_decay": o.weight_decay},
-        {"params": state.plain, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
+    def balance(self, norm: float, speed: float | None = None) -> Load | None:
+        """Moves the selection biases after a step with this norm; the loads of a skipped one say nothing.
+        speed: None is that of the run's start."""
+        speed = self.config.loss.bias_update_speed if speed is None else speed
+        return balance_step(self.parallel.routers, speed if math.isfinite(norm) else 0.0, self.mesh)
