@@ -366,11 +366,23 @@ def train(
 
     config = load_run(run, overrides or [])
     config.model_spec()
+    from whalepod.dryrun.auto import choice_rows, choose, write_choice
     from whalepod.train.start import is_first_rank
     from whalepod.train.start import train as train_
 
+    choice = None
+    with text_progress() as progress:
+        if config.is_open:
+            choice = choose(config, progress=progress, restart=restart)
+            config = choice.config
+    if choice is not None and choice.tried and is_first_rank():
+        from whalepod.report.prediction import choice_table
+
+        make_console(stderr=True).print(choice_table(choice_rows(choice), choice.memory_gib))
     with text_progress() as progress:
         result = train_(config, restart=restart, progress=progress)
+    if choice is not None and is_first_rank():
+        write_choice(choice)
     if not is_first_rank():
         return
     if as_json:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table
 
@@ -63,3 +64,18 @@ def prediction_table(result: RunResult) -> Table | None:
 
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def choice_table(rows: Sequence[Mapping[str, Any]], memory_gib: float) -> Table:
+    """What `auto` tried: rows of `dryrun.auto.choice_rows`, the chosen one marked."""
+    table = Table(
+        box=None, pad_edge=False, title_justify="left", title=f"auto, within {memory_gib:.2f} GiB of tensors"
+    )
+    for name in ("", "micro-batch", "recompute", "dry run, GiB", "measured, GiB", "tokens/s", "outcome"):
+        table.add_column(name, justify="left" if name in ("", "recompute", "outcome") else "right")
+    for row in rows:
+        figures = (row["dry_run_gib"], row["measured_gib"], row["tokens_per_s"])
+        shown = ["" if value is None else _figure(value) for value in figures]
+        mark = ">" if row["chosen"] else ""
+        table.add_row(mark, str(row["micro_batch"]), row["recompute"], *shown, row["outcome"])
+    return table

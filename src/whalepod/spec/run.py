@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from whalepod.spec.errors import UserError, nearest
-from whalepod.spec.layout import Layout
+from whalepod.spec.layout import Layout, Recompute
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.presets import load_model_spec
 
@@ -30,7 +30,11 @@ _LAYOUT_FIELDS: dict[str, Any] = {
 
 
 class LayoutConfig(create_model("_LayoutFields", __base__=_Section, **_LAYOUT_FIELDS)):
-    """The fields of `Layout`; see there."""
+    """The fields of `Layout`; see there. micro_batch and recompute may be `auto`: `whalepod train` tries
+    which is fastest within the memory."""
+
+    micro_batch: int | Literal["auto"] = _BATCHES["micro_batch"]
+    recompute: Recompute | Literal["auto"] = "none"
 
 
 class DataConfig(_Section):
@@ -115,7 +119,8 @@ class LossConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """Length of the run and what happens along it."""
+    """Length of the run and what happens along it. memory_gib: what `auto` may use of each device; null is
+    what is free of a GPU's, or this process's share of the machine's."""
 
     steps: int = Field(default=200, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -123,6 +128,7 @@ class TrainConfig(_Section):
     evaluate_sequences: int = Field(default=32, ge=1)
     checkpoint_every: int = Field(default=100, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
+    memory_gib: float | None = Field(default=None, gt=0)
 
 
 class RunConfig(_Section):
@@ -153,7 +159,22 @@ class RunConfig(_Section):
         except TypeError as error:
             raise UserError(f"model: {error}") from None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the layout leaves something to be tried."""
+        return "auto" in (self.layout.micro_batch, self.layout.recompute)
+
+    def with_layout(self, **changes: Any) -> RunConfig:
+        """The same job with fields of the layout replaced."""
+        return self.model_copy(update={"layout": self.layout.model_copy(update=changes)})
+
     def make_layout(self) -> Layout:
+        """Raises UserError while it is open."""
+        if self.is_open:
+            raise UserError(
+                "layout.micro_batch and layout.recompute are `auto` for `whalepod train` only, which tries "
+                "them: name them here"
+            )
         return Layout(**self.layout.model_dump())
 
 
@@ -185,7 +206,10 @@ def make_run(values: dict[str, Any], where: str = "run") -> RunConfig:
         raise UserError(f"{where}: {_one_line(error)}") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply") from None
-    config.make_layout()
+    closed = {"micro_batch": 1, "recompute": "none"}
+    config.with_layout(
+        **{k: v for k, v in closed.items() if getattr(config.layout, k) == "auto"}
+    ).make_layout()
     return config
 
 

@@ -162,6 +162,12 @@ def compile_once(progress: Progress | None) -> None:
 
 
 def _local_workers(config: RunConfig, files: TokenFiles, until: int | None, quiet: bool) -> RunResult:
+    num_workers, threads = config.make_layout().num_devices, worker_threads(config)
+    return start_workers(num_workers, threads, _worker, config.model_dump_json(), files, until, quiet)[0]
+
+
+def worker_threads(config: RunConfig) -> int | None:
+    """Threads of each local worker: on a CPU its share of the cores. Raises UserError without enough GPUs."""
     num_workers = config.make_layout().num_devices
     if config.device != "cpu" and torch.cuda.is_available():
         if torch.cuda.device_count() < num_workers:
@@ -169,10 +175,8 @@ def _local_workers(config: RunConfig, files: TokenFiles, until: int | None, quie
                 f"the layout needs {num_workers} GPUs, this machine has {torch.cuda.device_count()}; "
                 "choose a smaller layout, or start it under torchrun on more machines"
             )
-        threads = config.threads_per_worker
-    else:
-        threads = config.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // num_workers)
-    return start_workers(num_workers, threads, _worker, config.model_dump_json(), files, until, quiet)[0]
+        return config.threads_per_worker
+    return config.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // num_workers)
 
 
 def start_workers(num_workers: int, threads: int | None, worker: Callable[..., Any], *args: Any) -> list[Any]:
