@@ -195,7 +195,7 @@ def test_pictures(trained: answer.Answer, served: answer.Answer) -> None:
     timeline = trained.planned.plans[0].step.timeline  # type: ignore[union-attr]
     panels = planning_pictures.training_panels(trained.doc, timeline)
     assert [title.split(":")[0] for title, _, _ in panels][:2] == ["Memory", "Where a step's time goes"]
-    assert len(panels) == 3
+    assert len(panels) == 4
     for found in (panels, planning_pictures.serving_panels(served.doc)):
         picture = planning_pictures.png(found, "a $model$ with_marks^")
         assert picture.startswith(PNG)

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from whalepod.planner.answers import TrainingAnswer, TrainingPlan
+from whalepod.planner.micro_batch import micro_batch_curve as planned_curve
+from whalepod.planner.search import TrainingJob
 from whalepod.report.calculator import web_calculator
 from whalepod.report.question import Question
 from whalepod.spec.errors import UserError
@@ -26,11 +28,13 @@ def training_json(answer: TrainingAnswer) -> dict[str, Any]:
     - `memory_gib`, `memory_by_category_gib`: of the fullest pipeline rank; `memory_by_rank_gib`: of all.
     - `time_parts_s`: of the busiest pipeline rank, adding up to `step_s`. `exposed`: communication that
       nothing hides, by axis. `interference`: computation slowed by what is hidden.
+    - `micro_batches`: of the first plan's layout, throughput and memory by micro-batch.
     - `mfu`: of the dense BF16 peak. `helps`: one input changed, and what the plan gains then.
     """
     job = answer.job
     gpu = job.cluster.gpu
     plans = [plan_json(plan) for plan in answer.plans]
+    curve = micro_batch_curve(answer.plans[0], job) if answer.plans else None
     return {
         "model": job.spec.name,
         "gpu": gpu.name,
@@ -47,6 +51,7 @@ def training_json(answer: TrainingAnswer) -> dict[str, Any]:
         "usable_memory_gib": job.limit_gib,
         "price": price_json(job.cluster),
         "plans": plans,
+        "micro_batches": curve,
         "rejected": [
             {
                 "layout": None if r.layout is None else layout_json(r.layout),
@@ -64,6 +69,12 @@ def training_json(answer: TrainingAnswer) -> dict[str, Any]:
             job.spec, job.cluster, job.precision, "train", cluster_memory_gib(answer.plans)
         ),
     }
+
+
+def micro_batch_curve(plan: TrainingPlan, job: TrainingJob) -> dict[str, Any]:
+    """`points` of the plan's layout by micro-batch, and in words where they turn."""
+    precise = replace(job, precision=plan.layout.precision)
+    return asdict(planned_curve(precise, plan.layout))
 
 
 def plan_json(plan: TrainingPlan) -> dict[str, Any]:

@@ -50,6 +50,10 @@ def training_panels(doc: Mapping[str, Any], timeline: Timeline | None) -> list[t
         ("Memory", lambda axes: memory_panel(axes, doc, pools), memory_height(pools)),
         ("Where a step's time goes", lambda axes: time_panel(axes, best), 4.2),
     ]
+    if len(doc["micro_batches"]["points"]) > 1:
+        panels.append(
+            ("Throughput and memory by micro-batch", lambda axes: micro_batch_panel(axes, doc), 3.4)
+        )
     if timeline is not None:
         layout = best["layout"]
         steps = layout["global_batch"] // (
@@ -74,6 +78,22 @@ def serving_panels(doc: Mapping[str, Any]) -> list[tuple[str, Panel, float]]:
         ("Memory", lambda axes: memory_panel(axes, doc, pools), memory_height(pools)),
         ("Where a decode step's time goes", lambda axes: decode_panel(axes, best), 3.6),
     ]
+
+
+def micro_batch_panel(axes: Any, doc: Mapping[str, Any]) -> None:
+    """Two curves over the micro-batch, throughput to the left and memory to the right, and the limit."""
+    points = doc["micro_batches"]["points"]
+    sizes = [point["micro_batch"] for point in points]
+    axes.plot(sizes, [p["tokens_per_s"] for p in points], "o-", color=MEMORY_COLOURS["weights"])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel=f"sequences in a micro-batch; {doc['micro_batches']['turns']}", ylabel="tokens/s")
+    memory = axes.twinx()
+    memory.plot(sizes, [p["memory_gib"] for p in points], "s--", color=MEMORY_COLOURS["activations"])
+    memory.axhline(doc["usable_memory_gib"], color=RED, linewidth=1)
+    memory.set_ylim(0, 1.6 * doc["usable_memory_gib"])
+    memory.set_ylabel("GiB on the fullest GPU (dashed)")
 
 
 def memory_panel(axes: Any, doc: Mapping[str, Any], pools: Sequence[Mapping[str, float]]) -> None:

@@ -49,6 +49,7 @@ def training_view(doc: Mapping[str, Any], width: int = NARROW, calculator: bool 
         best = doc["plans"][0]
         views += [plans_table(doc, width), Text(), Text("The first of them", style="bold"), facts(doc, best)]
         views += [Text(), *beside(memory_table(doc, best, width), times_table(best, width), width), Text()]
+        views += [micro_batches_table(doc), Text()]
         views += notes("warning", best["warnings"], "yellow")
     else:
         views.append(Text("No layout fits.", style="bold red"))
@@ -110,6 +111,28 @@ def plans_table(doc: Mapping[str, Any], width: int = NARROW) -> Table:
         "mb: sequences in a micro-batch. selective, full: what is recomputed."
     )
     table.caption_justify = "left"
+    return table
+
+
+def micro_batches_table(doc: Mapping[str, Any]) -> Table:
+    """Throughput and memory of the first plan's layout against its micro-batch."""
+    curve, chosen = doc["micro_batches"], doc["plans"][0]["layout"]["micro_batch"]
+    table = plain_table()
+    table.title, table.title_justify = Text("micro-batch"), "left"
+    for title in ("", "sequences", "tokens/s", "GiB", ""):
+        table.add_column(title, justify="right", no_wrap=True)
+    most = max(point["tokens_per_s"] for point in curve["points"])
+    for point in curve["points"]:
+        bar = "█" * round(BAR * point["tokens_per_s"] / most)
+        fits = "" if point["fits"] else "  does not fit"
+        table.add_row(
+            ">" if point["micro_batch"] == chosen else "",
+            str(point["micro_batch"]),
+            f"{point['tokens_per_s']:,.0f}",
+            f"{point['memory_gib']:.1f}",
+            Text(f"{bar}{fits}", style="" if point["fits"] else "dim", justify="left"),
+        )
+    table.caption, table.caption_justify = curve["turns"], "left"
     return table
 
 
