@@ -192,12 +192,14 @@ class Outcome:
     boxes: dict[str, Any]
 
 
-def step(spec: ModelSpec, mesh: Mesh) -> Outcome:
-    """One optimiser step of this rank, as the trainer makes it."""
+def step(spec: ModelSpec, mesh: Mesh, separator: int | None = None) -> Outcome:
+    """One optimiser step of this rank, as the trainer makes it; with a separator, documents apart."""
     with torch.device("meta"):
         model = Transformer(spec)
     p = parallelize(model, mesh, LENGTH, seeded(model.spec, SEED))
     p.train()
+    if separator is not None:
+        p.mask_documents(separator)
     set_balance_weight(p.routers, BALANCE, BATCH)
     extra = 1 + spec.num_nextn_predict_layers
     generator = torch.Generator().manual_seed(1)

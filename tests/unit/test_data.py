@@ -18,7 +18,7 @@ from whalepod.spec.errors import UserError
 from whalepod.text import sources as text
 from whalepod.text.tokenizer import Tokenizer, train_tokenizer
 from whalepod.train import data
-from whalepod.train.data import PackedTokens, open_tokens, permute, prepare, validation_batches
+from whalepod.train.data import PackedTokens, TokenFile, open_tokens, permute, prepare, validation_batches
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def token_file(folder: Path, count: int, dtype: str = "uint16") -> Path:
     path = folder / "train.bin"
     np.arange(count).astype(dtype).tofile(path)
     facts = {"dtype": dtype, "count": count, "documents": 1}
-    facts |= {"tokenizer_fingerprint": "t", "source_fingerprint": "s", "sha256": "h"}
+    facts |= {"tokenizer_fingerprint": "t", "source_fingerprint": "s", "sha256": "h", "eos_id": 1}
     path.with_suffix(".json").write_text(json.dumps(facts))
     return path
 
@@ -341,3 +341,38 @@ def test_validation_is_of_the_same_windows_whatever_the_batch(
 def test_validation_needs_a_window(numbered: Path) -> None:
     with pytest.raises(UserError, match="one sequence needs"):
         validation_batches(numbered, 5000, 1)
+
+
+# ------------------------------------------------------------------------------------------------------ fim
+
+
+def test_documents_rearranged_for_fill_in_the_middle(corpus: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="the tokenizer has no <｜fim▁begin｜>"):
+        prepare(str(corpus), tokenizer, fim_rate=0.1)
+    marked = train_tokenizer(str(corpus), 300, fim=True)
+    assert marked.fim_ids is not None
+    begin, hole, end = marked.fim_ids
+    plain = prepare(str(corpus), marked, None, 0.0)
+    found = prepare(str(corpus), marked, None, 0.0, fim_rate=0.5)
+    documents = [split(files.train) for files in (plain, found)]
+    assert len(documents[0]) == len(documents[1]) > 10
+    moved = 0
+    for before, after in zip(*documents, strict=True):
+        if before == after:
+            continue
+        moved += 1
+        assert after[0] == begin
+        assert after.count(hole) == after.count(end) == 1
+        at, to = after.index(hole), after.index(end)
+        prefix, suffix, middle = after[1:at], after[at + 1 : to], after[to + 1 :]
+        assert "".join(map(marked.decode, (prefix, middle, suffix))) == marked.decode(before)
+    assert 0.2 < moved / len(documents[0]) < 0.8
+    assert prepare(str(corpus), marked, None, 0.0, fim_rate=0.5) == found
+
+
+def split(file: TokenFile) -> list[list[int]]:
+    """The documents of a token file."""
+    tokens = file.tokens().tolist()
+    ends = [i for i, token in enumerate(tokens) if token == file.eos_id]
+    starts = [0, *(end + 1 for end in ends)]
+    return [tokens[a:b] for a, b in zip(starts, ends, strict=False)]

@@ -12,6 +12,7 @@ rank r gets chunks r and 2 cp - 1 - r: together they see 2 cp + 1 chunks, on eve
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from whalepod.models.attention import Attend, Attention, causal
@@ -25,6 +26,14 @@ def positions(length: int, cp: Axis, device: torch.device) -> Tensor:
         return everywhere
     chunks = everywhere.chunk(2 * cp.size)
     return torch.cat((chunks[cp.rank], chunks[2 * cp.size - 1 - cp.rank]))
+
+
+def document_positions(tokens_BS: Tensor, separator: int) -> Tensor:
+    """Positions [B, S] of packed documents' tokens within them; each but a sequence's first begins behind a
+    `separator`."""
+    index = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+    begins = F.pad(tokens_BS[:, :-1] == separator, (1, 0))
+    return index - (begins * index).cummax(1).values
 
 
 def context_attend(cp: Axis) -> Attend:

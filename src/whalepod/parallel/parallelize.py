@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from whalepod.models.attention import Attend
+from whalepod.models.attention import Attend, within_documents
 from whalepod.models.loss import IGNORED
 from whalepod.models.moe import MoELayer, Router
 from whalepod.models.transformer import Losses, Transformer, initial_value, target_windows
-from whalepod.parallel.context import context_attend, positions
+from whalepod.parallel.context import context_attend, document_positions, positions
 from whalepod.parallel.exchange import make_dispatcher
 from whalepod.parallel.mesh import Mesh
 from whalepod.parallel.pipeline import Hidden, Pipeline
@@ -43,11 +43,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 
 
 class Batch(NamedTuple):
-    """What this rank computes of some sequences: its positions of each, under context parallelism."""
+    """What this rank computes of some sequences: its positions of each, under context parallelism; or with
+    every sequence's own, counted from its documents' beginnings."""
 
     tokens_BS: Tensor
     targets_BSK: Tensor
-    positions_S: Tensor
+    positions: Tensor  # [S] or [B, S]
 
 
 class Parallel:
@@ -56,11 +57,20 @@ class Parallel:
     def __init__(self, parts: list[Part], state: TrainingState, spec: ModelSpec, mesh: Mesh) -> None:
         self.parts, self.state, self.spec, self.mesh = parts, state, spec, mesh
         self.attend: Attend = context_attend(mesh["cp"])
+        self._separator: int | None = None
         self._pipelines: dict[tuple[int, int], Pipeline] = {}
 
     def train(self, mode: bool = True) -> None:
         for part in self.parts:
             part.train(mode)
+
+    def mask_documents(self, separator: int) -> None:
+        """Attention ends at the beginning of a document: behind a token `separator`. Not with `cp`."""
+        assert self.mesh["cp"].size == 1
+        self._separator = separator
+        for part in self.parts:
+            if isinstance(part, Stage):
+                part.masks_documents = True
 
     @property
     def routers(self) -> list[Router]:
@@ -73,6 +83,8 @@ class Parallel:
         length = rows.shape[1] - 1 - depths
         where = positions(length, self.mesh["cp"], rows.device)
         targets = target_windows(rows[:, 1:], depths)
+        if self._separator is not None:
+            where = document_positions(rows[:, :length], self._separator)
         if self.mesh["cp"].size == 1:
             return Batch(rows[:, :length], targets, where)
         return Batch(rows[:, where], targets[:, where], where)
@@ -166,7 +178,8 @@ class Parallel:
 
     def _losses(self, batch: Batch) -> Tensor:
         """Summed losses [1 + MTP depths] of a whole model."""
-        losses: Losses = self.parts[0](*batch, self.attend)
+        attend = self.attend if self._separator is None else within_documents(batch.positions)
+        losses: Losses = self.parts[0](*batch, attend)
         return torch.stack((losses.main, *losses.mtp))
 
     def _pipeline(self, rows: Tensor, micro_batches: int) -> Pipeline:

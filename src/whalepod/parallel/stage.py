@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from whalepod.models.attention import Attend, Tables, causal
+from whalepod.models.attention import Attend, Tables, causal, within_documents
 from whalepod.models.loss import head_loss
 from whalepod.models.transformer import Transformer
 from whalepod.parallel.comm import Axis
@@ -37,6 +37,7 @@ class Stage(Transformer):
     def __init__(self, model: Transformer, index: int, split: StageSplit, attend: Attend = causal) -> None:
         nn.Module.__init__(self)
         self.spec, self.index, self.num_stages, self.attend = model.spec, index, split.num_stages, attend
+        self.masks_documents = False
         parts: Any = self  # attributes that Transformer always has may be None here
         embedding, head = model.embed_tokens, model.lm_head
         copies = self.is_last and bool(shared_parameters(self.spec))
@@ -72,11 +73,14 @@ class Stage(Transformer):
         positions: [S] or [b, S], for every stage. targets_BSK is read by the last.
         """
         cos_sin = self._tables(x, positions)
-        x = self._blocks(x, cos_sin, self.attend)
+        attend = self.attend
+        if self.masks_documents and positions is not None:
+            attend = within_documents(positions)
+        x = self._blocks(x, cos_sin, attend)
         if not self.is_last:
             return x
         assert targets_BSK is not None
-        losses = self.losses(x, targets_BSK, cos_sin, self.attend)
+        losses = self.losses(x, targets_BSK, cos_sin, attend)
         # Not a view: torch cuts it from its graph in place.
         return torch.stack([torch.stack([losses.main, *losses.mtp])])
 

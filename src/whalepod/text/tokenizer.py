@@ -32,6 +32,7 @@ BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<s>", "<bos>")
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<|im_end|>")
+FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 MIN_VOCAB_SIZE = 256 + 2  # every byte, BOS and EOS
 SAMPLE_BYTES = 8_000_000  # more text hardly moves the merges, and costs time
 MAX_FILE_BYTES = 256 << 20  # the largest tokenizer.json known is a tenth of this
@@ -93,6 +94,12 @@ class Tokenizer:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         return frozenset(i for i, token in self.inner.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def fim_ids(self) -> tuple[int, int, int] | None:
+        """Ids of the marks of fill-in-the-middle: begin, hole, end."""
+        begin, hole, end = (self.inner.token_to_id(name) for name in FIM)
+        return None if begin is None or hole is None or end is None else (begin, hole, end)
 
     @cached_property
     def byte_level(self) -> bool:
@@ -235,10 +242,12 @@ def train_tokenizer(
     *,
     text_field: str = "text",
     sample_bytes: int = SAMPLE_BYTES,
+    fim: bool = False,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens, BOS and EOS included, trained on a sample of `source`.
+    """A byte-level BPE of at most `vocab_size` tokens, BOS and EOS included, trained on a sample of `source`;
+    with `fim` the marks of fill-in-the-middle too.
 
     Kept under the cache folder and reused for the same source, size and sample. Two processes that ask at
     once get the same one: the second waits. A small text yields fewer merges, and so a smaller vocabulary.
@@ -247,6 +256,7 @@ def train_tokenizer(
         raise UserError(f"vocab_size is {vocab_size}, a byte-level tokenizer needs at least {MIN_VOCAB_SIZE}")
     origin = text_sources.fingerprint(source, text_field=text_field)
     recipe = f"{RECIPE_VERSION}\0{origin}\0{vocab_size}\0{sample_bytes}"
+    recipe += "\0fim" if fim else ""
     key = hashlib.sha256(recipe.encode()).hexdigest()[:24]
     file = cache_folder(cache_dir, "tokenizers") / f"{key}.json"
     if not file.exists():
@@ -254,7 +264,7 @@ def train_tokenizer(
             if not file.exists():
                 sample = text_sources.documents(source, text_field=text_field, max_bytes=sample_bytes)
                 total = min(sample_bytes, text_sources.total_bytes(source) or sample_bytes)
-                write_atomically(file, _train(_counted(sample, total, progress), vocab_size).to_str())
+                write_atomically(file, _train(_counted(sample, total, progress), vocab_size, fim).to_str())
     return load_tokenizer(file)
 
 
@@ -309,7 +319,7 @@ def write_atomically(path: Path, content: str) -> None:
         raise
 
 
-def _train(sample: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+def _train(sample: Iterator[str], vocab_size: int, fim: bool) -> tokenizers.Tokenizer:
     inner = tokenizers.Tokenizer(models.BPE())
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -317,7 +327,7 @@ def _train(sample: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[BOS, EOS],
+        special_tokens=[BOS, EOS, *(FIM if fim else ())],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

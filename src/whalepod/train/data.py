@@ -31,12 +31,13 @@ import numpy.typing as npt
 
 from whalepod.spec.errors import UserError
 from whalepod.text import sources as text_sources
+from whalepod.text.fim import rearranged
 from whalepod.text.sources import Progress
-from whalepod.text.tokenizer import Tokenizer, cache_folder, made_once, write_atomically
+from whalepod.text.tokenizer import FIM, Tokenizer, cache_folder, made_once, write_atomically
 
 CHUNK_BYTES = 2 << 20  # text encoded at once: large enough for all cores, and the memory that encoding takes
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-FORMAT_VERSION = 1  # part of the cache key
+FORMAT_VERSION = 2  # part of the cache key
 FEISTEL_ROUNDS = 6
 
 
@@ -45,6 +46,7 @@ class TokenFile:
     """What the JSON beside a token file says of it.
 
     `sha256` (hex) is that of the token file's bytes: the same on two hosts means the same training data.
+    `eos_id` ends each document.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class TokenFile:
     tokenizer_fingerprint: str
     source_fingerprint: str
     sha256: str
+    eos_id: int
 
     def tokens(self) -> npt.NDArray[np.uint16 | np.uint32]:
         """The ids [count], memory-mapped: pages are read as they are used."""
@@ -81,21 +84,27 @@ def prepare(
     *,
     text_field: str = "text",
     max_bytes: int | None = None,
+    fim_rate: float = 0.0,
     progress: Progress | None = None,
 ) -> TokenFiles:
     """Encodes `source` into token files under the cache folder, or finds them there from an earlier call.
 
     Memory stays flat however long the text. A crash leaves nothing that a later call would take for whole,
     and of several processes that ask at once one writes while the others wait.
-    `validation_fraction` is a share of the tokens, reached to within a document. `progress` counts bytes of
-    text; its total is 0 while nobody knows it.
+    `fim_rate` of the documents are rearranged for fill-in-the-middle. `validation_fraction` is a share of the
+    tokens, reached to within a document. `progress` counts bytes of text; its total is 0 while nobody knows
+    it.
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"validation_fraction is {validation_fraction}, it must be at least 0 and below 1")
     if (eos_id := tokenizer.eos_id) is None:
         raise UserError("the tokenizer has no EOS: tokenizer_config.json beside it can name one as eos_token")
+    if fim_rate and tokenizer.fim_ids is None:
+        raise UserError(
+            f"data.fim_rate {fim_rate}: the tokenizer has no {FIM[0]}; use 0, or another tokenizer"
+        )
     origin = text_sources.fingerprint(source, text_field=text_field)
-    parts = (FORMAT_VERSION, origin, tokenizer.fingerprint, eos_id, validation_fraction, max_bytes)
+    parts = (FORMAT_VERSION, origin, tokenizer.fingerprint, eos_id, validation_fraction, max_bytes, fim_rate)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
     folder = cache_folder(cache_dir, "tokens") / key
     if not folder.exists():
@@ -110,11 +119,12 @@ def prepare(
                     total = text_sources.total_bytes(source)
                     total = min(total, max_bytes) if total and max_bytes else total or max_bytes or 0
                     _write(
-                        _encoded(documents, tokenizer, eos_id, total, progress),
+                        _encoded(documents, tokenizer, eos_id, fim_rate, total, progress),
                         tokenizer,
                         unfinished,
                         validation_fraction,
                         origin,
+                        eos_id,
                     )
                     unfinished.rename(folder)
                 except BaseException:
@@ -141,13 +151,13 @@ class _Writer:
         self.count += len(ids)
         self.documents += 1
 
-    def close(self, tokenizer_fingerprint: str, source_fingerprint: str) -> None:
+    def close(self, tokenizer_fingerprint: str, source_fingerprint: str, eos_id: int) -> None:
         with self._file as file:
             file.flush()
             os.fsync(file.fileno())
         made = TokenFile(
             self.path, self.dtype, self.count, self.documents, tokenizer_fingerprint, source_fingerprint,
-            self._hash.hexdigest(),
+            self._hash.hexdigest(), eos_id,
         )  # fmt: skip
         facts = {name: value for name, value in asdict(made).items() if name != "path"}
         write_atomically(self.path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
@@ -159,6 +169,7 @@ def _write(
     folder: Path,
     validation_fraction: float,
     source_fingerprint: str,
+    eos_id: int,
 ) -> None:
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     train, validation = (_Writer(folder / f"{name}.bin", dtype) for name in ("train", "validation"))
@@ -173,17 +184,25 @@ def _write(
             "give more text, or set validation_fraction to 0"
         )
     for writer in (train, validation):
-        writer.close(tokenizer.fingerprint, source_fingerprint)
+        writer.close(tokenizer.fingerprint, source_fingerprint, eos_id)
 
 
 def _encoded(
-    documents: Iterator[str], tokenizer: Tokenizer, eos_id: int, total: int, progress: Progress | None
+    documents: Iterator[str],
+    tokenizer: Tokenizer,
+    eos_id: int,
+    fim_rate: float,
+    total: int,
+    progress: Progress | None,
 ) -> Iterator[list[int]]:
     """The ids of each document with EOS behind them."""
-    done = 0
+    done, number = 0, 0
     for texts, num_bytes in _chunks(documents):
-        for ids in tokenizer.encode_many(texts):
-            yield [*ids, eos_id]
+        whole = iter(tokenizer.encode_many(texts))
+        for text in texts:
+            ids = next(whole)
+            yield [*(rearranged(text, number, fim_rate, tokenizer) or ids), eos_id]
+            number += 1
         done += num_bytes
         if progress:
             progress("tokenising", min(done, total) if total else done, total)
@@ -235,7 +254,7 @@ def _facts(path: Path, again: str) -> dict[str, Any]:
     """The fields of a TokenFile but its path, each of the right kind: the file may come from anywhere."""
     wanted = {
         "dtype": str, "count": int, "documents": int,
-        "tokenizer_fingerprint": str, "source_fingerprint": str, "sha256": str,
+        "tokenizer_fingerprint": str, "source_fingerprint": str, "sha256": str, "eos_id": int,
     }  # fmt: skip
     try:
         facts = json.loads(path.read_bytes())

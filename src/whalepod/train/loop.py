@@ -87,7 +87,8 @@ class Trainer:
         self.extra = 1 + spec.num_nextn_predict_layers
         self.data = PackedTokens(files.train.path, length, config.train.seed, self.extra)
         self._files = files
-        self.work = TrainStep(config, spec, mesh, seeded(spec, config.train.seed))
+        initial, separator = seeded(spec, config.train.seed), files.train.eos_id
+        self.work = TrainStep(config, spec, mesh, initial, separator)
         self.parallel, self.optimizer = self.work.parallel, self.work.optimizer
         self.course = Course(config)
 

@@ -55,6 +55,8 @@ def train(
             f"{spec.max_position_embeddings} positions"
         )
     layout.check_model(spec, config.data.sequence_length)
+    if config.data.document_mask and layout.cp > 1:
+        raise UserError("data.document_mask is not possible with layout.cp above 1: use tp or dp_shard")
     with torch.device("meta"):
         Transformer(spec)  # says now what cannot be run
     under_launcher = "RANK" in os.environ
@@ -84,13 +86,19 @@ def prepare_data(
     """Tokenizer and token files of a run, from the cache when they are there."""
     data = config.data
     if data.tokenizer is None:
-        tokenizer = train_tokenizer(data.source, spec.vocab_size, progress=progress)
+        tokenizer = train_tokenizer(data.source, spec.vocab_size, fim=data.fim_rate > 0, progress=progress)
     else:
         tokenizer = load_tokenizer(data.tokenizer)
     check_vocab(tokenizer, spec.vocab_size)
     max_bytes = None if data.max_mib is None else int(data.max_mib * 2**20)
     files = prepare(
-        data.source, tokenizer, None, data.validation_fraction, max_bytes=max_bytes, progress=progress
+        data.source,
+        tokenizer,
+        None,
+        data.validation_fraction,
+        max_bytes=max_bytes,
+        fim_rate=data.fim_rate,
+        progress=progress,
     )
     # Says now, in one line and one process, when the text is too short for a sequence.
     PackedTokens(files.train.path, data.sequence_length, 0, 1 + spec.num_nextn_predict_layers)

@@ -20,16 +20,21 @@ from whalepod.train.balance import Load, balance_step, set_balance_weight
 class TrainStep:
     """The spread model of a job and its optimiser.
 
-    initial: gives every parameter its first value (`parallelize`).
+    initial: gives every parameter its first value (`parallelize`). separator: the token between documents,
+    for `data.document_mask`.
     """
 
-    def __init__(self, config: RunConfig, spec: ModelSpec, mesh: Mesh, initial: Initial) -> None:
+    def __init__(
+        self, config: RunConfig, spec: ModelSpec, mesh: Mesh, initial: Initial, separator: int = 0
+    ) -> None:
         self.config, self.mesh = config, mesh
         self.layout = mesh.layout
         with torch.device("meta"):
             model = Transformer(spec)
         self.parallel: Parallel = parallelize(model, mesh, config.data.sequence_length, initial, config.fp8)
         self.parallel.train()
+        if config.data.document_mask:
+            self.parallel.mask_documents(separator)
         self.state: TrainingState = self.parallel.state
         self.optimizer = make_optimizer(self.state, config.optimizer)
 
