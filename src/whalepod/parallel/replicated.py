@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from whalepod.parallel.comm import Axis
 from whalepod.parallel.mesh import Mesh
 from whalepod.parallel.sharding import Held
-from whalepod.parallel.state import BUCKET_BYTES, Piece
+from whalepod.parallel.state import BUCKET_BYTES, Piece, moments_by_name
 from whalepod.precision.master import MasterWeights
 
 
@@ -75,6 +75,8 @@ class Replicated:
         }
 
     def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Piece]:
+        if (named := moments_by_name(optimizer, self.weights())) is not None:
+            return named
         pieces = {}
         for each in self._sums:
             m = each.master

@@ -15,7 +15,7 @@ from whalepod.models.transformer import Block, MTPBlock
 from whalepod.parallel.comm import Axis, CountedGather, CountedSum
 from whalepod.parallel.mesh import Mesh
 from whalepod.parallel.sharding import Held, local_part
-from whalepod.parallel.state import Piece, sum_in_buckets
+from whalepod.parallel.state import Piece, moments_by_name, sum_in_buckets
 
 Fill = Callable[[nn.Module, str], None]
 """Gives a module (and its path in its model part) memory and values, if it has none yet."""
@@ -128,6 +128,8 @@ class Sharded:
         return self._pieces
 
     def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Piece]:
+        if (named := moments_by_name(optimizer, self._pieces)) is not None:
+            return named
         return {
             f"{name}/{key}": Piece(value, self._pieces[name].box)
             for name, local in self._locals.items()

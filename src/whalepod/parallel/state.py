@@ -11,7 +11,7 @@ saw other data, what it repeats over the `tp` ranks too, experts over those that
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -71,6 +71,18 @@ class TrainingState(Protocol):
     def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Piece]:
         """The optimiser's tensors by `parameter name / state name`."""
         ...
+
+
+def moments_by_name(optimizer: Any, weights: dict[str, Piece]) -> dict[str, Piece] | None:
+    """`moments` of an optimiser that keeps them by parameter; None of one that does not."""
+    by_name = getattr(optimizer, "by_name", None)
+    if by_name is None:
+        return None
+    return {
+        f"{name}/{key}": Piece(value, weights[name].box)
+        for name, values in by_name.items()
+        for key, value in values.items()
+    }
 
 
 def sum_in_buckets(tensors: list[Tensor], axis: Axis) -> None:

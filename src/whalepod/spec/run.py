@@ -70,8 +70,11 @@ class FP8Config(_Section):
 
 
 class OptimizerConfig(_Section):
-    """AdamW as in DeepSeek-V3 (section 4.2); weight decay on matrices only. moments: how they are stored
-    (V3, section 3.3.2: in BF16); they are computed in FP32."""
+    """AdamW as in DeepSeek-V3 (section 4.2), or Muon with AdamW for what is no matrix (V4); weight decay on
+    matrices only. moments: how they are stored (V3, section 3.3.2: in BF16); they are computed in FP32.
+    momentum: Muon's."""
+
+    name: Literal["adamw", "muon"] = "adamw"
 
     learning_rate: float = Field(default=1e-3, gt=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -80,6 +83,7 @@ class OptimizerConfig(_Section):
     weight_decay: float = Field(default=0.1, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     moments: Moments = "fp32"
+    momentum: float = Field(default=0.95, ge=0, lt=1)
 
 
 class ScheduleConfig(_Section):

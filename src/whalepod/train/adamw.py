@@ -1,6 +1,6 @@
-"""The optimiser of a run.
+"""AdamW.
 
-AdamW is torch's. With moments in BF16 (DeepSeek-V3, section 3.3.2) it is the same arithmetic in FP32 on a
+It is torch's. With moments in BF16 (DeepSeek-V3, section 3.3.2) it is the same arithmetic in FP32 on a
 part of a tensor at a time: what is stored is rounded, what is computed is not, and no FP32 copy of a whole
 moment ever exists.
 """
@@ -19,7 +19,7 @@ from whalepod.spec.run import OptimizerConfig
 CHUNK = 1 << 22  # elements in FP32 at a time
 
 
-def make_optimizer(state: TrainingState, config: OptimizerConfig) -> torch.optim.Optimizer:
+def adamw(state: TrainingState, config: OptimizerConfig) -> torch.optim.Optimizer:
     groups = [
         {"params": state.decayed, "weight_decay": config.weight_decay},
         {"params": state.plain, "weight_decay": 0.0},
@@ -56,15 +56,32 @@ class AdamWLowMoments(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
         state["step"] += 1
-        (beta1, beta2), rate, step = group["betas"], group["lr"], float(state["step"])
-        correction = (1 - beta2**step) ** 0.5
-        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        parts = (t.view(-1).split(CHUNK) for t in tensors)
-        for weight, gradient, low1, low2 in zip(*parts, strict=True):
-            first = low1.float().lerp_(gradient, 1 - beta1)
-            second = low2.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            low1.copy_(first)
-            low2.copy_(second)
-            weight.mul_(1 - rate * group["weight_decay"])
-            second.sqrt_().div_(correction).add_(group["eps"])
-            weight.addcdiv_(first, second, value=-rate / (1 - beta1**step))
+        adamw_update(
+            *(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], float(state["step"])),
+            *(group["lr"], group["weight_decay"], group["betas"], group["eps"]),
+        )
+
+
+def adamw_update(
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: float,
+    rate: float,
+    decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One step of AdamW in place, the `step`th (1, 2, ...); moments of any precision."""
+    beta1, beta2 = betas
+    correction = (1 - beta2**step) ** 0.5
+    parts = (t.reshape(-1) if t is gradient else t.view(-1) for t in (weight, gradient, exp_avg, exp_avg_sq))
+    for w, g, low1, low2 in zip(*(p.split(CHUNK) for p in parts), strict=True):
+        first = low1.float().lerp(g, 1 - beta1)
+        second = low2.float().mul(beta2).addcmul_(g, g, value=1 - beta2)
+        low1.copy_(first)
+        low2.copy_(second)
+        w.mul_(1 - rate * decay)
+        second.sqrt_().div_(correction).add_(eps)
+        w.addcdiv_(first, second, value=-rate / (1 - beta1**step))

@@ -13,8 +13,9 @@ from whalepod.parallel.parallelize import Initial, Parallel, parallelize
 from whalepod.parallel.state import TrainingState
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.run import RunConfig
-from whalepod.train.adamw import make_optimizer
+from whalepod.train.adamw import adamw
 from whalepod.train.balance import Load, balance_step, set_balance_weight
+from whalepod.train.muon import Muon
 
 
 class TrainStep:
@@ -36,7 +37,11 @@ class TrainStep:
         if config.data.document_mask:
             self.parallel.mask_documents(separator)
         self.state: TrainingState = self.parallel.state
-        self.optimizer = make_optimizer(self.state, config.optimizer)
+        self.optimizer: torch.optim.Optimizer = (
+            Muon(self.state, mesh["stage"], config.optimizer)
+            if config.optimizer.name == "muon"
+            else adamw(self.state, config.optimizer)
+        )
 
     def step(
         self, rows: Tensor, learning_rate: float, mtp_weight: float | None = None
