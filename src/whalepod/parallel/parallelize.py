@@ -278,6 +278,11 @@ def _fill(
                 made[id(parameter)] = nn.Parameter(initial(name, held[name].box).to(device))
             owner._parameters[key] = made[id(parameter)]
         for key, buffer in list(owner._buffers.items()):
-            if buffer is not None and buffer.is_meta:
-                owner._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+            if buffer is None or not buffer.is_meta:
+                continue
+            value = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+            if key not in owner._non_persistent_buffers_set:
+                shape = tuple(buffer.shape)
+                value.copy_(initial(f"{below}.{key}".lstrip("."), Box(shape, (0,) * len(shape), shape)))
+            owner._buffers[key] = value
     del old

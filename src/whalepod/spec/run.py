@@ -128,7 +128,8 @@ class LossConfig(_Section):
 
 class TrainConfig(_Section):
     """Length of the run and what happens along it. memory_gib: what `auto` may use of each device; null is
-    what is free of a GPU's, or this process's share of the machine's."""
+    what is free of a GPU's, or this process's share of the machine's. start_from: a Hugging Face folder whose
+    weights the run begins with (fine-tuning); its model and its tokenizer are then the defaults."""
 
     steps: int = Field(default=200, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -137,6 +138,7 @@ class TrainConfig(_Section):
     checkpoint_every: int = Field(default=100, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
     memory_gib: float | None = Field(default=None, gt=0)
+    start_from: str | None = None
 
 
 class RunConfig(_Section):
@@ -154,6 +156,13 @@ class RunConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_worker: int | None = Field(default=None, ge=1)
     out: str = "runs/default"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_the_weights(cls, values: Any) -> Any:
+        train = values.get("train") if isinstance(values, dict) else None
+        start = train.get("start_from") if isinstance(train, dict) else None
+        return {"model": start, **values} if isinstance(start, str) else values
 
     def model_spec(self) -> ModelSpec:
         if isinstance(self.model, str):

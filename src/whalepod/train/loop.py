@@ -17,6 +17,7 @@ from whalepod.parallel import checkpoint
 from whalepod.parallel.checkpoint import Progress
 from whalepod.parallel.mesh import Mesh, local_device, open_mesh
 from whalepod.parallel.parallelize import DTYPES, seeded
+from whalepod.parallel.weights_initial import StoredWeights
 from whalepod.spec.counts import train_flops
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
@@ -87,8 +88,9 @@ class Trainer:
         self.extra = 1 + spec.num_nextn_predict_layers
         self.data = PackedTokens(files.train.path, length, config.train.seed, self.extra)
         self._files = files
-        initial, separator = seeded(spec, config.train.seed), files.train.eos_id
-        self.work = TrainStep(config, spec, mesh, initial, separator)
+        start = config.train.start_from
+        initial = seeded(spec, config.train.seed) if start is None else StoredWeights(start, spec)
+        self.work = TrainStep(config, spec, mesh, initial, files.train.eos_id)
         self.parallel, self.optimizer = self.work.parallel, self.work.optimizer
         self.course = Course(config)
 

@@ -21,6 +21,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from whalepod.models.transformer import Transformer
 from whalepod.parallel import checkpoint, shm
 from whalepod.parallel.mesh import world_size
+from whalepod.parallel.weights_files import copy_companions
+from whalepod.parallel.weights_initial import StoredWeights
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import ModelSpec, to_config
 from whalepod.spec.run import RunConfig, dump_run, load_run
@@ -59,6 +61,8 @@ def train(
         raise UserError("data.document_mask is not possible with layout.cp above 1: use tp or dp_shard")
     with torch.device("meta"):
         Transformer(spec)  # says now what cannot be run
+    if config.train.start_from is not None:
+        StoredWeights(config.train.start_from, spec)  # ... and what cannot be started from
     under_launcher = "RANK" in os.environ
     if under_launcher:
         layout.check_devices(world_size())
@@ -85,7 +89,9 @@ def prepare_data(
 ) -> tuple[Tokenizer, TokenFiles]:
     """Tokenizer and token files of a run, from the cache when they are there."""
     data = config.data
-    if data.tokenizer is None:
+    if data.tokenizer is None and config.train.start_from is not None:
+        tokenizer = load_tokenizer(config.train.start_from)
+    elif data.tokenizer is None:
         tokenizer = train_tokenizer(data.source, spec.vocab_size, fim=data.fim_rate > 0, progress=progress)
     else:
         tokenizer = load_tokenizer(data.tokenizer)
@@ -109,6 +115,8 @@ def write_run(folder: Path, config: RunConfig, spec: ModelSpec, tokenizer: Token
     """What makes a run's folder a model: config.json, tokenizer.json and the run.yaml itself."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if config.train.start_from is not None:
+            copy_companions(Path(config.train.start_from), folder)
         (folder / "config.json").write_text(json.dumps(to_config(spec), indent=1))
         (folder / "run.yaml").write_text(dump_run(config))
     except OSError as error:
