@@ -28,7 +28,9 @@ def test_an_open_layout_is_for_training_only(run_values: dict[str, Any]) -> None
         config.make_layout()
     closed = config.with_layout(micro_batch=2, recompute="full")
     assert closed.make_layout().recompute == "full"
-    with pytest.raises(UserError, match=r"layout\.micro_batch"):
+    with pytest.raises(UserError, match=r"layout\.recompute: input should be 'none', .* 'auto', not 'auot'"):
+        make_run({"layout": {"recompute": "auot"}})
+    with pytest.raises(UserError, match=r"layout\.micro_batch: input should be a whole number or 'auto'"):
         make_run({"layout": {"micro_batch": "big"}})
     with pytest.raises(UserError, match=r"layout\.pp must be at least 1"):
         job(run_values, pp=0)

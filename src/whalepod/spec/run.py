@@ -259,6 +259,12 @@ def _override(values: dict[str, Any], override: str) -> None:
     place[last] = _parse(text, f"value of {key}")
 
 
+_OPEN = {
+    "micro_batch": "a whole number or 'auto'",
+    "recompute": "'none', 'selective', 'full' or 'auto'",
+}
+
+
 def _one_line(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
@@ -271,5 +277,7 @@ def _one_line(error: ValidationError) -> str:
         return f"unknown key {'.'.join(path)!r}{nearest(path[-1], section.model_fields)}"
     if first["type"] == "model_type":
         return f"{'.'.join(path)} must be a section with keys of its own, not {first['input']!r}"[:300]
+    if path[0] == "layout" and len(path) > 2 and path[1] in _OPEN:  # of several types, which pydantic lists
+        return f"layout.{path[1]}: input should be {_OPEN[path[1]]}, not {first['input']!r}"[:400]
     message = first["msg"].removeprefix("Value error, ")
     return f"{'.'.join(path)}: {message[0].lower() + message[1:]}, not {first['input']!r}"[:400]
