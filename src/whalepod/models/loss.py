@@ -17,10 +17,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SLICE_ELEMENTS = 1 << 22  # of logits: 16 MiB in float32
-IGNORED = -100
 
 
 Combine = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def seen(targets: Tensor) -> Tensor:
+    """The tokens of targets, those too that no loss counts: they stand there as -1 - token."""
+    return torch.where(targets < 0, -1 - targets, targets)
+
+
+def not_counted(targets: Tensor) -> Tensor:
+    """The same targets, for no loss to count."""
+    return torch.where(targets < 0, targets, -1 - targets)
 
 
 def head_loss(h: Tensor, weight_VD: Tensor, targets: Tensor) -> Tensor:

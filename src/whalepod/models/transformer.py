@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from whalepod.models.attention import Attend, GroupedQueryAttention, MLAttention, Tables, causal
-from whalepod.models.loss import head_loss
+from whalepod.models.loss import head_loss, seen
 from whalepod.models.mlp import SwiGLU
 from whalepod.models.moe import MoELayer
 from whalepod.models.rope import tables
@@ -99,7 +99,8 @@ class Transformer(nn.Module):
         """Logits [B, S, V], or with targets the Losses.
 
         targets_BSK: [B, S, 1 + MTP depths], for each position the next token and those after it
-        (`target_windows`). Targets below 0 are not counted in any loss.
+        (`target_windows`). Targets below 0 are not counted in any loss; MTP reads them as -1 - token, or
+        as token 0 where that is none.
         positions: [S] or [B, S], default 0, 1, ...
         """
         cos_sin = self._tables(tokens_BS, positions)
@@ -114,7 +115,8 @@ class Transformer(nn.Module):
         main = self.head_loss(x_BSD, weight, targets_BSK[..., 0])
         mtp = []
         for depth, block in enumerate(self.mtp, start=1):
-            embedding = self.embed_tokens(targets_BSK[..., depth - 1].clamp_min(0))
+            following = seen(targets_BSK[..., depth - 1])
+            embedding = self.embed_tokens(following * (following < self.spec.vocab_size))
             x_BSD = block(x_BSD, embedding, cos_sin, attend)
             mtp.append(self.head_loss(x_BSD, weight, targets_BSK[..., depth]))
         return Losses(main, tuple(mtp))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from whalepod.models.attention import Attend, within_documents
-from whalepod.models.loss import IGNORED
+from whalepod.models.loss import not_counted, seen
 from whalepod.models.moe import MoELayer, Router
 from whalepod.models.transformer import Losses, Transformer, initial_value, target_windows
 from whalepod.parallel.context import context_attend, document_positions, positions
@@ -78,11 +78,12 @@ class Parallel:
 
     def batch(self, rows: Tensor) -> Batch:
         """This rank's share of sequences: `rows` [B, S + 1 + MTP depths], the same on all ranks that share
-        their parts."""
+        their parts. Tokens below 0 (-1 - token) are read and not predicted."""
         depths = self.spec.num_nextn_predict_layers
         length = rows.shape[1] - 1 - depths
         where = positions(length, self.mesh["cp"], rows.device)
         targets = target_windows(rows[:, 1:], depths)
+        rows = seen(rows)
         if self._separator is not None:
             where = document_positions(rows[:, :length], self._separator)
         if self.mesh["cp"].size == 1:
@@ -138,7 +139,7 @@ class Parallel:
         batch = self.batch(rows)
         if counted is not None:
             targets = batch.targets_BSK.clone()
-            targets[counted:] = IGNORED
+            targets[counted:] = not_counted(targets[counted:])
             batch = batch._replace(targets_BSK=targets)
         if self.mesh.layout.pp > 1:
             return self._pipeline(rows, self.mesh.layout.accumulation_steps).evaluate(*batch)[0]

@@ -42,6 +42,8 @@ class DataConfig(_Section):
 
     source: `stdlib` (Python's own library), a file, folder or glob, `.jsonl`, or `hf:NAME[:SPLIT]`.
     tokenizer: null trains a byte-level BPE of the model's vocabulary on the text; else a file.
+    chat: the source is a .jsonl file of conversations, written down by the tokenizer's own template; only the
+    assistant's turns are learnt (`text/chat.py`).
     document_mask: tokens do not see other documents packed into their sequence (DeepSeek-V3 let them).
     fim_rate: share of documents rearranged as prefix, suffix, middle (V3, section 4.1: 0.1).
     """
@@ -51,6 +53,7 @@ class DataConfig(_Section):
     sequence_length: int = Field(default=512, ge=1)
     validation_fraction: float = Field(default=0.02, ge=0.0, lt=1.0)
     max_mib: float | None = Field(default=None, gt=0)
+    chat: bool = False
     document_mask: bool = False
     fim_rate: float = Field(default=0.0, ge=0, le=1)
 

@@ -31,12 +31,13 @@ import numpy.typing as npt
 
 from whalepod.spec.errors import UserError
 from whalepod.text import sources as text_sources
+from whalepod.text.chat import ChatTemplate, conversations, encoded
 from whalepod.text.fim import rearranged
 from whalepod.text.sources import Progress
 from whalepod.text.tokenizer import FIM, Tokenizer, cache_folder, made_once, write_atomically
 
 CHUNK_BYTES = 2 << 20  # text encoded at once: large enough for all cores, and the memory that encoding takes
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "int32": np.dtype("<i4")}  # signed: chat
 FORMAT_VERSION = 2  # part of the cache key
 FEISTEL_ROUNDS = 6
 
@@ -85,15 +86,16 @@ def prepare(
     text_field: str = "text",
     max_bytes: int | None = None,
     fim_rate: float = 0.0,
+    chat: ChatTemplate | None = None,
     progress: Progress | None = None,
 ) -> TokenFiles:
     """Encodes `source` into token files under the cache folder, or finds them there from an earlier call.
 
     Memory stays flat however long the text. A crash leaves nothing that a later call would take for whole,
     and of several processes that ask at once one writes while the others wait.
-    `fim_rate` of the documents are rearranged for fill-in-the-middle. `validation_fraction` is a share of the
-    tokens, reached to within a document. `progress` counts bytes of text; its total is 0 while nobody knows
-    it.
+    `chat`: the source is a file of conversations, and this their template. `fim_rate` of the documents are
+    rearranged for fill-in-the-middle. `validation_fraction` is a share of the tokens, reached to within a
+    document. `progress` counts bytes of text; its total is 0 while nobody knows it.
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"validation_fraction is {validation_fraction}, it must be at least 0 and below 1")
@@ -104,7 +106,16 @@ def prepare(
             f"data.fim_rate {fim_rate}: the tokenizer has no {FIM[0]}; use 0, or another tokenizer"
         )
     origin = text_sources.fingerprint(source, text_field=text_field)
-    parts = (FORMAT_VERSION, origin, tokenizer.fingerprint, eos_id, validation_fraction, max_bytes, fim_rate)
+    parts = (
+        FORMAT_VERSION,
+        origin,
+        tokenizer.fingerprint,
+        eos_id,
+        validation_fraction,
+        max_bytes,
+        fim_rate,
+        chat and chat.source,
+    )
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
     folder = cache_folder(cache_dir, "tokens") / key
     if not folder.exists():
@@ -115,17 +126,15 @@ def prepare(
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir()
                 try:
-                    documents = text_sources.documents(source, text_field=text_field, max_bytes=max_bytes)
-                    total = text_sources.total_bytes(source)
-                    total = min(total, max_bytes) if total and max_bytes else total or max_bytes or 0
-                    _write(
-                        _encoded(documents, tokenizer, eos_id, fim_rate, total, progress),
-                        tokenizer,
-                        unfinished,
-                        validation_fraction,
-                        origin,
-                        eos_id,
-                    )
+                    if chat is None:
+                        documents = text_sources.documents(source, text_field=text_field, max_bytes=max_bytes)
+                        total = text_sources.total_bytes(source)
+                        total = min(total, max_bytes) if total and max_bytes else total or max_bytes or 0
+                        ids = _encoded(documents, tokenizer, eos_id, fim_rate, total, progress)
+                    else:
+                        ids = _chats(Path(source), chat, tokenizer, eos_id, progress)
+                    kind = "int32" if chat else "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+                    _write(ids, tokenizer, unfinished, validation_fraction, origin, eos_id, kind)
                     unfinished.rename(folder)
                 except BaseException:
                     shutil.rmtree(unfinished, ignore_errors=True)
@@ -170,8 +179,8 @@ def _write(
     validation_fraction: float,
     source_fingerprint: str,
     eos_id: int,
+    dtype: str,
 ) -> None:
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     train, validation = (_Writer(folder / f"{name}.bin", dtype) for name in ("train", "validation"))
     for ids in documents:
         # Held out whenever its share lags behind. The choice must not look at the document itself: a rule
@@ -208,6 +217,21 @@ def _encoded(
             progress("tokenising", min(done, total) if total else done, total)
     if progress:
         progress("tokenising", total or done, total or done)
+
+
+def _chats(
+    path: Path, template: ChatTemplate, tokenizer: Tokenizer, eos_id: int, progress: Progress | None
+) -> Iterator[list[int]]:
+    """The ids of each conversation, an EOS that is learnt at its end."""
+    total = path.stat().st_size if path.is_file() else 0
+    for number, (conversation, done) in enumerate(conversations(path), start=1):
+        try:
+            ids = encoded(conversation, template, tokenizer)
+        except UserError as error:
+            raise UserError(f"{path}, conversation {number}: {error}") from None
+        yield ids if ids[-1] == eos_id else [*ids, eos_id]
+        if progress:
+            progress("tokenising", done, total)
 
 
 def _chunks(documents: Iterator[str]) -> Iterator[tuple[list[str], int]]:

@@ -152,13 +152,13 @@ class Trainer:
             num_ranks=dp.size,
         )
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        sequences = torch.zeros_like(total)
+        tokens = torch.zeros_like(total)
         self.parallel.train(False)
         for rows, counted in batches:
             total += self.parallel.loss(torch.from_numpy(rows).to(self.mesh.device), counted)
-            sequences += counted
+            tokens += int((rows[:counted, 1 : 1 + length] >= 0).sum())
         self.parallel.train()
-        return (self.parallel.total(total) / (dp.all_reduce(sequences) * length)).item()
+        return (self.parallel.total(total) / dp.all_reduce(tokens)).item()
 
     def run(self, until: int | None = None, quiet: bool = False) -> RunResult:
         """Trains from where the run stands to its last step, or to step `until`."""

@@ -26,6 +26,7 @@ from whalepod.parallel.weights_initial import StoredWeights
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import ModelSpec, to_config
 from whalepod.spec.run import RunConfig, dump_run, load_run
+from whalepod.text.chat import ChatTemplate
 from whalepod.text.sources import Progress
 from whalepod.text.tokenizer import Tokenizer, check_vocab, load_tokenizer, train_tokenizer
 from whalepod.train.data import PackedTokens, TokenFiles, prepare
@@ -89,6 +90,12 @@ def prepare_data(
 ) -> tuple[Tokenizer, TokenFiles]:
     """Tokenizer and token files of a run, from the cache when they are there."""
     data = config.data
+    chat = None
+    if data.chat:
+        folder = data.tokenizer or config.train.start_from
+        if folder is None:
+            raise UserError("data.chat needs a model's own tokenizer: name its folder as data.tokenizer")
+        chat = ChatTemplate(folder)
     if data.tokenizer is None and config.train.start_from is not None:
         tokenizer = load_tokenizer(config.train.start_from)
     elif data.tokenizer is None:
@@ -104,6 +111,7 @@ def prepare_data(
         data.validation_fraction,
         max_bytes=max_bytes,
         fim_rate=data.fim_rate,
+        chat=chat,
         progress=progress,
     )
     # Says now, in one line and one process, when the text is too short for a sequence.

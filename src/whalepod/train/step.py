@@ -56,7 +56,12 @@ class TrainStep:
         sequences = len(rows) * self.mesh["dp"].size
         set_balance_weight(self.parallel.routers, loss.sequence_balance, sequences)
         weight = loss.mtp_weight if mtp_weight is None else mtp_weight
-        parts = self.parallel.backward(rows, sequences * self.config.data.sequence_length, weight)
+        length = self.config.data.sequence_length
+        tokens = sequences * length
+        if self.config.data.chat:  # means are over what is to be learnt
+            learnt = (rows[:, 1 : 1 + length] >= 0).sum()
+            tokens = max(1, int(self.mesh["dp"].all_reduce(learnt)))
+        parts = self.parallel.backward(rows, tokens, weight)
         norm = float(self.parallel.clip(self.config.optimizer.clip_norm))
         losses = self.parallel.total(parts)
         # A NaN or infinity anywhere makes the norm so.
