@@ -59,7 +59,7 @@ def test_the_fastest_of_what_ran_is_taken(
         ran.append((candidate.micro_batch, candidate.recompute, sequences))
         return auto.replace(candidate, outcome="fits", tokens_per_s=speeds[candidate.micro_batch])
 
-    monkeypatch.setattr(auto, "_trial", trial)
+    monkeypatch.setattr(auto, "trial", trial)
     choice = choose(job(run_values, recompute="auto"))
     assert ran == [(8, "selective", 8), (4, "none", 8), (2, "none", 8), (1, "none", 8)]
     assert (choice.config.layout.micro_batch, choice.config.layout.recompute) == (4, "none")
@@ -112,8 +112,8 @@ def test_out_of_memory_is_stepped_back_from(
     truth = auto._dry_run_gib
     monkeypatch.setattr(auto, "_dry_run_gib", lambda *args: min(truth(*args), 0.01))
     config = job(run_values, memory_gib=0.8, global_batch=2**14, micro_batch=2**14)
-    assert auto._trial(config, Tried(2**14, "none", 0.01), 2**14, 0.1).outcome == "out of memory"
-    small = auto._trial(config, Tried(4, "none", 0.01), 4, 0.1)
+    assert auto.trial(config, Tried(2**14, "none", 0.01), 2**14, 0.1).outcome == "out of memory"
+    small = auto.trial(config, Tried(4, "none", 0.01), 4, 0.1)
     assert small.outcome == "fits"
     expected = truth(config.with_layout(global_batch=4), config.model_spec(), 4, "none")
     assert small.measured_gib == pytest.approx(expected, rel=0.05)

@@ -195,14 +195,14 @@ def _run_those(
         tell("running micro-batches", done, len(fitting))
         if worse >= WORSE_IN_A_ROW:
             break
-        tried[index] = _trial(config, tried[index], sequences, budget)
+        tried[index] = trial(config, tried[index], sequences, budget)
         speed = tried[index].tokens_per_s or 0.0
         if tried[index].outcome == "fits":
             worse, best = (worse + 1 if speed < best else 0), max(best, speed)
     tell("running micro-batches", len(fitting), len(fitting))
 
 
-def _trial(config: RunConfig, candidate: Tried, sequences: int, budget: float) -> Tried:
+def trial(config: RunConfig, candidate: Tried, sequences: int, budget: float) -> Tried:
     """`candidate` with what a few real steps in other processes brought."""
     closed = config.with_layout(micro_batch=candidate.micro_batch, recompute=candidate.recompute)
     layout: Layout = closed.make_layout()
