@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import pytest
@@ -548,8 +548,11 @@ def test_nearest_stages_are_valid(pp: int, layers: int) -> None:
 
 
 def test_run_yaml_has_the_same_fields() -> None:
-    """Names, order, types; defaults too, but for the batch, which a first run wants larger."""
+    """Names, order, types, but for what may be `auto`; defaults too, but for the batch, which a first run
+    wants larger."""
     hints, keys = get_type_hints(Layout), LayoutConfig.model_fields
+    for name in ("micro_batch", "recompute"):
+        hints[name] |= Literal["auto"]
     assert [field.name for field in dataclasses.fields(Layout)] == list(keys)
     assert get_type_hints(LayoutConfig) | hints == get_type_hints(LayoutConfig)
     for field in dataclasses.fields(Layout):
