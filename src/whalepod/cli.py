@@ -379,10 +379,12 @@ def train(
         from whalepod.report.prediction import choice_table
 
         make_console(stderr=True).print(choice_table(choice_rows(choice), choice.memory_gib))
-    with text_progress() as progress:
-        result = train_(config, restart=restart, progress=progress)
-    if choice is not None and is_first_rank():
-        write_choice(choice)
+    try:
+        with text_progress() as progress:
+            result = train_(config, restart=restart, progress=progress)
+    finally:
+        if choice is not None and is_first_rank():
+            write_choice(choice)
     if not is_first_rank():
         return
     if as_json:

@@ -38,12 +38,27 @@ def test_an_open_layout_is_for_training_only(run_values: dict[str, Any]) -> None
 
 def test_which_micro_batches_there_are(run_values: dict[str, Any]) -> None:
     def sizes(**layout: Any) -> list[int]:
-        return [*auto._micro_batches(job(run_values, **layout))]
+        return auto._micro_batches(job(run_values, **layout))
 
     assert sizes(global_batch=24) == [24, 8, 4, 2, 1]
     assert sizes(global_batch=24, dp_shard=2) == [12, 4, 2, 1]
     assert sizes(global_batch=8, pp=2) == [4, 2, 1]  # 1F1B wants two
-    assert [*auto._micro_batches(make_run({"layout": {"recompute": "auto"}}))] == [8]
+    assert auto._micro_batches(make_run({"layout": {"recompute": "auto"}})) == [8]
+
+
+def test_ranks_of_a_launcher_have_one_budget(
+    run_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is free changes from rank to rank; what there is does not."""
+    memory = {"MemTotal": 16 * 2**30, "MemAvailable": 4 * 2**30}
+    monkeypatch.setattr(auto, "_main_memory", memory.__getitem__)
+    free = auto._budget_gib(job(run_values, dp_shard=4))
+    assert free == pytest.approx((0.9 * 4 / 4 - auto.PROCESS_GIB["cpu"]) / auto.SLACK)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    memory["MemAvailable"] = 0
+    expected = (0.9 * 16 / 2 - auto.PROCESS_GIB["cpu"]) / auto.SLACK
+    assert auto._budget_gib(job(run_values, dp_shard=4)) == pytest.approx(expected)
 
 
 def test_the_fastest_of_what_ran_is_taken(

@@ -13,7 +13,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.run import RunConfig, load_run
-from whalepod.spec.schedule import RULES
 from whalepod.train.counted import counted
 from whalepod.train.start import start_workers, take_cores, worker_threads
 from whalepod.train.step import TrainStep
@@ -78,7 +77,7 @@ def choose(config: RunConfig, *, progress: Progress | None = None, restart: bool
     if not restart and (before := _before(config)) is not None:
         return Choice(before, budget, ())
     tell = progress or (lambda stage, done, total: None)
-    open_layouts = [*_micro_batches(config)]
+    open_layouts = _micro_batches(config)
     tried: list[Tried] = []
     fitting: list[int] = []  # of tried
     for done, micro_batch in enumerate(open_layouts):
@@ -113,8 +112,8 @@ def choose(config: RunConfig, *, progress: Progress | None = None, restart: bool
 
 
 def write_choice(choice: Choice) -> None:
-    """micro_batch.json in the run's folder: what was tried, and how it went."""
-    if choice.tried:
+    """micro_batch.json in the run's folder, once that is there: what was tried, and how it went."""
+    if choice.tried and (Path(choice.config.out) / "run.yaml").is_file():
         tried = [asdict(t) for t in choice.tried]
         text = json.dumps({"memory_gib": choice.memory_gib, "tried": tried}, indent=1)
         (Path(choice.config.out) / "micro_batch.json").write_text(text)
@@ -137,39 +136,35 @@ def _policies(config: RunConfig) -> Sequence[str]:
     return POLICIES if config.layout.recompute == "auto" else (config.layout.recompute,)
 
 
-def _micro_batches(config: RunConfig) -> Iterator[int]:
-    """Powers of two of sequences, and all of them, that the batch and the pipeline's schedule accept; the
-    largest first."""
+def _micro_batches(config: RunConfig) -> list[int]:
+    """Those to try, the largest first."""
     if config.layout.micro_batch != "auto":
-        yield config.layout.micro_batch
-        return
+        return [config.layout.micro_batch]
     one = config.with_layout(micro_batch=1, recompute="none").make_layout()
-    share = one.global_batch // one.num_replicas
-    sizes = {2**n for n in range(share.bit_length())} | {share}
-    accepts = RULES[one.schedule].accepts
-    found = [n for n in sizes if share % n == 0 and (one.pp == 1 or accepts(one.pp, share // n))]
-    if not found:
-        raise UserError(
-            f"layout.micro_batch auto: no micro-batch divides {share} sequences into as many as the schedule "
-            f"{one.schedule} needs over pp {one.pp}"
-        )
-    yield from sorted(found, reverse=True)
+    return one.micro_batches[::-1]
 
 
 def _budget_gib(config: RunConfig) -> float:
-    """Bytes of tensors that a device may hold."""
-    device = local_device(config.device)
-    kind = device.type
+    """GiB of tensors that a device may hold. Under a launcher it is of what there is and not of what is free:
+    every rank has to come to the same answer."""
+    device, launched = local_device(config.device), "RANK" in os.environ
     if config.train.memory_gib is not None:
         total = config.train.memory_gib
-    elif kind == "cuda":
-        total = torch.cuda.mem_get_info(device)[0] / GIB
+    elif device.type == "cuda":
+        free, there = torch.cuda.mem_get_info(device)
+        total = (there if launched else free) / GIB
     else:
-        lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-        free = next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")), 8 * 2**30)
         workers = config.with_layout(micro_batch=1, recompute="none").make_layout().num_devices
-        total = 0.9 * free / GIB / workers
-    return max(0.0, (total - PROCESS_GIB[kind]) / SLACK)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
+        total = 0.9 * _main_memory("MemTotal" if launched else "MemAvailable") / GIB / here
+    return max(0.0, (total - PROCESS_GIB[device.type]) / SLACK)
+
+
+def _main_memory(which: str) -> int:
+    """Bytes of this machine's memory; 8 GiB where it does not say."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(which)), 8 * 2**30)
 
 
 # ----------------------------------------------------------------------------------- dry, then for real

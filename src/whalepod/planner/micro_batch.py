@@ -10,12 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import numpy as np
-
 from whalepod.planner.candidates import Candidates
 from whalepod.planner.search import Search, TrainingJob
 from whalepod.spec.layout import Layout
-from whalepod.spec.schedule import RULES
 
 WORTH = 0.02  # of throughput: below that, more memory for it is not
 
@@ -39,23 +36,15 @@ class MicroBatchCurve:
 
 
 def micro_batch_curve(job: TrainingJob, layout: Layout) -> MicroBatchCurve:
-    """Of micro-batches that are powers of two, the layout's own, and all of a device's sequences, as far as
-    the batch and the pipeline's schedule take them."""
-    share = layout.global_batch // layout.num_replicas
-    sizes = {2**n for n in range(share.bit_length())} | {share, layout.micro_batch}
-    accepts = RULES[layout.schedule].accepts
-    layouts = [
-        replace(layout, micro_batch=m)
-        for m in sorted(sizes)
-        if share % m == 0 and (layout.pp == 1 or accepts(layout.pp, share // m))
-    ]
+    """Of all `Layout.micro_batches`."""
+    layouts = [replace(layout, micro_batch=m) for m in layout.micro_batches]
     times = job.times(Candidates.of(layouts))
     need = Search(job, times, job.memory(times.candidates)).need_gib
     points = []
     for row, each in enumerate(layouts):
         seconds = times.time_step(row).seconds
         tokens = layout.global_batch * job.sequence_length / seconds
-        fits = bool(np.asarray(need)[row] <= job.limit_gib)
+        fits = bool(need[row] <= job.limit_gib)
         points.append(MicroBatchPoint(each.micro_batch, tokens, float(need[row]), fits))
     return MicroBatchCurve(tuple(points), _turns(points, job.limit_gib))
 

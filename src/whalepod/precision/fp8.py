@@ -59,12 +59,12 @@ def quantize_blocks(
     values = torch.empty(w.shape, dtype=FP8, device=w.device)
     scale_inv = torch.empty(scale_shape(w.shape, block), dtype=torch.float32, device=w.device)
     for w_part, values_part, scale_part in _chunks(w, values, scale_inv):
-        blocks = _as_blocks(w_part.float(), block)
+        blocks = as_blocks(w_part.float(), block)
         largest = blocks.abs().amax((-3, -1))
         if not bool((largest <= _LARGEST).all()):  # NaN compares false
             raise UserError("a weight with NaN, infinity or a magnitude above 3e38 has no FP8 form")
         scale = block_scale(largest, scale_fmt)
-        values_part.copy_(_from_blocks(_scaled(blocks, scale[..., :, None, :, None]), w_part.shape))
+        values_part.copy_(from_blocks(_scaled(blocks, scale[..., :, None, :, None]), w_part.shape))
         scale_part.copy_(scale)
     return values, scale_inv
 
@@ -91,8 +91,8 @@ def dequantize_blocks(
     assert scale_inv.shape == scale_shape(values.shape, block), "scales of another shape or block size"
     w = torch.empty(values.shape, dtype=dtype, device=values.device)
     for w_part, values_part, scale_part in _chunks(w, values, scale_inv):
-        blocks = _as_blocks(widened(values_part, torch.float32), block) * scale_part[..., :, None, :, None]
-        w_part.copy_(_from_blocks(blocks, values_part.shape))
+        blocks = as_blocks(widened(values_part, torch.float32), block) * scale_part[..., :, None, :, None]
+        w_part.copy_(from_blocks(blocks, values_part.shape))
     return w
 
 
@@ -117,13 +117,15 @@ def _chunks(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(s[start : start + step] for s in flat)
 
 
-def _as_blocks(x: Tensor, block: Block) -> Tensor:
-    """[N, out, in] -> [N, block rows, rows in one, block columns, columns in one], zeros at ragged edges."""
+def as_blocks(x: Tensor, block: Block) -> Tensor:
+    """[..., out, in] -> [..., block rows, rows in one, block columns, columns in one]; zeros fill edges."""
     missing = (-x.shape[-1] % block[1], -x.shape[-2] % block[0])
     if any(missing):
         x = F.pad(x, (0, missing[0], 0, missing[1]))
-    return x.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
+    rows, columns = (n // b for n, b in zip(x.shape[-2:], block, strict=True))
+    return x.unflatten(-1, (columns, block[1])).unflatten(-3, (rows, block[0]))
 
 
-def _from_blocks(x: Tensor, shape: torch.Size) -> Tensor:
+def from_blocks(x: Tensor, shape: torch.Size) -> Tensor:
+    """What `as_blocks` took apart, as a view where nothing was added."""
     return x.flatten(-2).flatten(-3, -2)[..., : shape[-2], : shape[-1]]

@@ -141,7 +141,7 @@ def _product(
 
 @triton.jit
 def _sum(
-    a, a_scale, b, b_scale, out, ends, m, n, rows_in_all,
+    a, a_scale, b, b_scale, out, ends, m, n,
     as_t, as_m, bs_t, bs_n,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -233,7 +233,7 @@ def grouped_sum(
     grid = triton.cdiv(m, ROWS), triton.cdiv(n, COLUMNS), len(ends)
     if out.numel():
         _sum[grid](
-            *(a, a_scale, b, b_scale, out, ends, m, n, len(a), *a_scale.stride(), *b_scale.stride()),
+            *(a, a_scale, b, b_scale, out, ends, m, n, *a_scale.stride(), *b_scale.stride()),
             *(ROWS, COLUMNS, TILE),
         )
     return out

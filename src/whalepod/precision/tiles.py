@@ -14,10 +14,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from whalepod.precision.fp8 import FP8, Block, ScaleFormat, block_scale, widened
+from whalepod.precision.fp8 import FP8, Block, ScaleFormat, as_blocks, block_scale, from_blocks, widened
 
 TILE = 128
 ROW: Block = (1, TILE)
@@ -46,44 +45,29 @@ class Quantized(NamedTuple):
 
 def quantize(x: Tensor, block: Block, scale_fmt: ScaleFormat) -> Quantized:
     """`x` [..., M, N] in FP8 with a scale for each `block`."""
-    grid = _grid(x, block)
-    scale = block_scale(grid.abs().amax((-3, -1)).float(), scale_fmt)
+    blocks = as_blocks(x, block)
+    scale = block_scale(blocks.abs().amax((-3, -1)).float(), scale_fmt)
     wide = scale[..., :, None, :, None]
     # A power of two divides a BF16 number exactly. What rounding lifts above 448 stays below 464, from
     # where on the cast to E4M3 would make it NaN.
     fits = x.dtype == torch.bfloat16 and scale_fmt == "ue8m0"
-    scaled = grid * wide.reciprocal().to(x.dtype) if fits else grid.float() / wide
-    return Quantized(_whole(scaled.to(FP8), x.shape), scale)
+    scaled = blocks * wide.reciprocal().to(x.dtype) if fits else blocks.float() / wide
+    return Quantized(from_blocks(scaled.to(FP8), x.shape).contiguous(), scale)
 
 
 def dequantize(x: Quantized, dtype: torch.dtype) -> Tensor:
     """Values times scales; the product is made in float32, then rounded to `dtype`."""
-    values = x.values
-    if not values.is_contiguous() and values.mT.is_contiguous():
-        return dequantize(x.mT, dtype).mT
-    grid = _grid(widened(values, dtype), x.block)
-    scaled = grid * x.scale[..., :, None, :, None]
-    return _whole(scaled, values.shape).to(dtype)
+    return _scaled_up(x, dtype, torch.float32)
 
 
 def dequantize_exactly(x: Quantized) -> Tensor:
     """In BF16, of scales that are powers of two: no rounding, and half the memory traffic."""
-    values = x.values
-    if not values.is_contiguous() and values.mT.is_contiguous():
-        return dequantize_exactly(x.mT).mT
-    grid = _grid(widened(values, torch.bfloat16), x.block)
-    return _whole(grid * x.scale.bfloat16()[..., :, None, :, None], values.shape)
+    return _scaled_up(x, torch.bfloat16, torch.bfloat16)
 
 
-def _grid(x: Tensor, block: Block) -> Tensor:
-    """[..., M, N] -> [..., block rows, rows in one, block columns, columns in one], zeros at ragged edges."""
-    missing = (-x.shape[-1] % block[1], -x.shape[-2] % block[0])
-    if any(missing):
-        x = F.pad(x, (0, missing[0], 0, missing[1]))
-    return x.unflatten(-1, (x.shape[-1] // block[1], block[1])).unflatten(
-        -3, (x.shape[-2] // block[0], block[0])
-    )
-
-
-def _whole(grid: Tensor, shape: torch.Size) -> Tensor:
-    return grid.flatten(-2).flatten(-3, -2)[..., : shape[-2], : shape[-1]].contiguous()
+def _scaled_up(x: Quantized, dtype: torch.dtype, scale_dtype: torch.dtype) -> Tensor:
+    if not x.values.is_contiguous() and x.values.mT.is_contiguous():
+        return _scaled_up(x.mT, dtype, scale_dtype).mT
+    blocks = as_blocks(widened(x.values, dtype), x.block)
+    scaled = blocks * x.scale.to(scale_dtype)[..., :, None, :, None]
+    return from_blocks(scaled, x.values.shape).contiguous().to(dtype)

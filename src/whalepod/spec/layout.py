@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, get_args
 
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.model import GQA, ModelSpec
-from whalepod.spec.schedule import check_schedule, stages_per_rank
+from whalepod.spec.schedule import RULES, check_schedule, stages_per_rank
 from whalepod.spec.stages import split_stages
 
 Precision = Literal["bf16", "fp32", "fp8"]
@@ -163,6 +163,14 @@ class Layout:
     def expert_tp(self) -> int:
         """Ways that each routed expert's width is split."""
         return self.tp if self.ep == 1 else 1
+
+    @property
+    def micro_batches(self) -> list[int]:
+        """Micro-batches that the global batch and the pipeline's schedule would take, smallest first: powers
+        of two, this layout's own, and all of a device's sequences."""
+        share, accepts = self.global_batch // self.num_replicas, RULES[self.schedule].accepts
+        sizes = {2**n for n in range(share.bit_length())} | {share, self.micro_batch}
+        return [n for n in sorted(sizes) if share % n == 0 and (self.pp == 1 or accepts(self.pp, share // n))]
 
     @property
     def accumulation_steps(self) -> int:
