@@ -32,8 +32,9 @@ from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec, to_config
 from whalepod.spec.presets import load_model_spec
 from whalepod.text.tokenizer import train_tokenizer
-from whalepod.train.data import PackedTokens, prepare
+from whalepod.train.data import PackedTokens
 from whalepod.train.metrics import measure_peak_flops
+from whalepod.train.prepare import prepare
 
 BATCH, LENGTH = 4, 512
 Step = Callable[[torch.Tensor], float]

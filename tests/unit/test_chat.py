@@ -16,7 +16,8 @@ from whalepod.spec.errors import UserError
 from whalepod.spec.presets import load_model_spec
 from whalepod.text.chat import ChatTemplate, conversations, encoded, seen_only
 from whalepod.text.tokenizer import EOS, Tokenizer, load_tokenizer, train_tokenizer
-from whalepod.train.data import PackedTokens, prepare
+from whalepod.train.data import PackedTokens
+from whalepod.train.prepare import prepare
 
 # As DeepSeek's are: bos, system text as it is, marks for the roles, eos behind an answer; R1 drops reasoning.
 TEMPLATE = (

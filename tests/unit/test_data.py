@@ -17,8 +17,9 @@ import whalepod
 from whalepod.spec.errors import UserError
 from whalepod.text import sources as text
 from whalepod.text.tokenizer import Tokenizer, train_tokenizer
-from whalepod.train import data
-from whalepod.train.data import PackedTokens, TokenFile, open_tokens, permute, prepare, validation_batches
+from whalepod.train import prepare as prepare_module
+from whalepod.train.data import PackedTokens, TokenFile, open_tokens, permute, validation_batches
+from whalepod.train.prepare import prepare
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +85,7 @@ def test_second_call_reuses_the_files(
     corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare(str(corpus), tokenizer)
-    monkeypatch.setattr(data, "_write", None)
+    monkeypatch.setattr(prepare_module, "_write", None)
     assert prepare(str(corpus), tokenizer) == first
     with pytest.raises(TypeError):  # another split is another file, and writing is switched off
         prepare(str(corpus), tokenizer, None, 0.2)
@@ -130,7 +131,7 @@ def test_prepare_says_what_is_wrong(tmp_path: Path, cache: Path, tokenizer: Toke
 
 PREPARE = """
 import sys
-from whalepod.train.data import prepare
+from whalepod.train.prepare import prepare
 from whalepod.text.tokenizer import train_tokenizer
 files = prepare(sys.argv[1], train_tokenizer(sys.argv[1], 300))
 print(files.train.sha256, files.train.path)

@@ -29,8 +29,9 @@ from whalepod.spec.run import RunConfig, dump_run, load_run
 from whalepod.text.chat import ChatTemplate
 from whalepod.text.sources import Progress
 from whalepod.text.tokenizer import Tokenizer, check_vocab, load_tokenizer, train_tokenizer
-from whalepod.train.data import PackedTokens, TokenFiles, prepare
+from whalepod.train.data import PackedTokens, TokenFiles
 from whalepod.train.loop import RunResult, run_rank
+from whalepod.train.prepare import prepare
 
 _USER_MISTAKE = "user mistake: "
 _CONSEQUENCE = re.compile(r"is gone|broken|Connection closed|Signal \d+ \(SIGTERM\)")
