@@ -46,7 +46,7 @@ class Quantized(NamedTuple):
 def quantize(x: Tensor, block: Block, scale_fmt: ScaleFormat) -> Quantized:
     """`x` [..., M, N] in FP8 with a scale for each `block`."""
     blocks = as_blocks(x, block)
-    scale = block_scale(blocks.abs().amax((-3, -1)).float(), scale_fmt)
+    scale = block_scale(_largest(blocks).float(), scale_fmt)
     wide = scale[..., :, None, :, None]
     # A power of two divides a BF16 number exactly. What rounding lifts above 448 stays below 464, from
     # where on the cast to E4M3 would make it NaN.
@@ -55,19 +55,37 @@ def quantize(x: Tensor, block: Block, scale_fmt: ScaleFormat) -> Quantized:
     return Quantized(from_blocks(scaled.to(FP8), x.shape).contiguous(), scale)
 
 
+def _largest(blocks: Tensor) -> Tensor:
+    """Largest magnitude of each block, NaN if it has one. Floats without a sign are in the order of their
+    bits, NaN last: the largest integer is found several times as fast on a CPU."""
+    bits = blocks.view(torch.int16 if blocks.element_size() == 2 else torch.int32)
+    without_sign = torch.iinfo(bits.dtype).max
+    return (bits & without_sign).amax((-3, -1)).view(blocks.dtype)
+
+
 def dequantize(x: Quantized, dtype: torch.dtype) -> Tensor:
     """Values times scales; the product is made in float32, then rounded to `dtype`."""
-    return _scaled_up(x, dtype, torch.float32)
+    blocks = as_blocks(widened(x.values, dtype), x.block)
+    return from_blocks(blocks * x.scale[..., :, None, :, None], x.values.shape).contiguous().to(dtype)
 
 
 def dequantize_exactly(x: Quantized) -> Tensor:
-    """In BF16, of scales that are powers of two: no rounding, and half the memory traffic."""
-    return _scaled_up(x, torch.bfloat16, torch.bfloat16)
+    """What `quantize` made with scales that are powers of two, in BF16, contiguous as `x` or its transpose
+    is: no rounding, and a third of the time.
 
-
-def _scaled_up(x: Quantized, dtype: torch.dtype, scale_dtype: torch.dtype) -> Tensor:
+    E4M3 has the upper bits of a BF16 number but for 2^120, the difference of their exponents' biases; times
+    that its subnormal numbers come out right too. NaN would not, but is only where the scale is infinite or
+    NaN, and makes its whole tile NaN.
+    """
     if not x.values.is_contiguous() and x.values.mT.is_contiguous():
-        return _scaled_up(x.mT, dtype, scale_dtype).mT
-    blocks = as_blocks(widened(x.values, dtype), x.block)
-    scaled = blocks * x.scale.to(scale_dtype)[..., :, None, :, None]
-    return from_blocks(scaled, x.values.shape).contiguous().to(dtype)
+        return dequantize_exactly(x.mT).mT
+    bits = x.values.view(torch.int8).to(torch.int16)  # copies the sign to the left
+    bits <<= 4
+    bits &= -0x7810  # sign, 0000, exponent and mantissa, 0000
+    blocks = as_blocks(bits.view(torch.bfloat16), x.block)
+    scale = (x.scale + (x.scale - x.scale)).to(torch.bfloat16)[..., :, None, :, None]
+    if bool((scale < 2**7).all()):
+        wide = blocks * (scale * 2.0**120)
+    else:
+        wide = (blocks * 2.0**120) * scale
+    return from_blocks(wide, x.values.shape).contiguous()
