@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from whalepod.models.moe import GroupedExperts, grouped_product
 from whalepod.models.transformer import Transformer, init_weights, target_windows
 from whalepod.precision import products
-from whalepod.precision.fp8 import FP8, Block, ScaleFormat
+from whalepod.precision.fp8 import FP8, Block, ScaleFormat, scale_shape
 from whalepod.precision.fp8_training import (
     FP8TrainedLinear,
     compute_in_fp8,
     fp8_experts,
     fp8_linear,
 )
-from whalepod.precision.tiles import COLUMN, ROW, SQUARE, Quantized, dequantize, quantize
+from whalepod.precision.tiles import COLUMN, ROW, SQUARE, Quantized, dequantize, dequantize_exactly, quantize
 from whalepod.spec.presets import load_model_spec
 from whalepod.spec.run import FP8Config
 
@@ -304,3 +304,27 @@ def test_a_models_loss_and_gradients_stay_near_bf16s() -> None:
     for name, gradient in high.items():
         cosine = F.cosine_similarity(gradient.double().flatten(), low[name].double().flatten(), dim=0)
         assert cosine > 0.95, name
+
+
+@pytest.mark.parametrize("power", [-126, -20, 0, 6, 7, 100, 118])
+@pytest.mark.parametrize("block", [ROW, COLUMN, SQUARE])
+def test_every_fp8_number_widens_to_bf16_exactly(block, power):
+    numbers = torch.arange(256, dtype=torch.uint8)
+    numbers = numbers[(numbers & 0x7F) != 0x7F]  # NaN
+    values = numbers[torch.randint(len(numbers), (150, 260))].view(FP8)
+    values[0, : len(numbers)] = numbers.view(FP8)
+    scale = torch.full(scale_shape(values.shape, block), 2.0**power)
+    x = Quantized(values, scale)
+    expected = values.to(torch.float64) * 2.0**power
+    assert torch.equal(dequantize_exactly(x).double(), expected.bfloat16().double())
+    assert torch.equal(dequantize_exactly(x.mT).double(), expected.bfloat16().double().mT)
+
+
+@pytest.mark.parametrize("broken", [float("inf"), float("-inf"), float("nan")])
+def test_a_broken_number_makes_its_tile_nan(broken):
+    x = torch.ones(3, 256, dtype=torch.bfloat16)
+    x[1, 5] = broken
+    wide = dequantize_exactly(quantize(x, ROW, "ue8m0"))
+    assert wide[1, :128].isnan().all()
+    assert (wide[1, 128:] == 1).all()
+    assert (wide[::2] == 1).all()

@@ -84,8 +84,6 @@ def dequantize_exactly(x: Quantized) -> Tensor:
     bits &= -0x7810  # sign, 0000, exponent and mantissa, 0000
     blocks = as_blocks(bits.view(torch.bfloat16), x.block)
     scale = (x.scale + (x.scale - x.scale)).to(torch.bfloat16)[..., :, None, :, None]
-    if bool((scale < 2**7).all()):
-        wide = blocks * (scale * 2.0**120)
-    else:
-        wide = (blocks * 2.0**120) * scale
+    small = bool((scale < 2**7).all())  # then one pass does both: 2^127 is the largest power in BF16
+    wide = blocks * (scale * 2.0**120) if small else (blocks * 2.0**120) * scale
     return from_blocks(wide, x.values.shape).contiguous()
