@@ -1,6 +1,7 @@
 """What FP8 costs in loss: the same V3-like model trained in BF16 and in FP8, on real text.
 
     python bench/fp8_loss.py [--arms bf16 bf16-again fp8 fp8-blocks] [--tokens 20.5e6] [--threads 1]
+                              [--so-far]
 
 The model has 10.3M active parameters of 36.7M (5 layers, MLA, 16 experts of which a token picks 2 besides
 the shared one), the text is Python's standard library, 8,192 tokens a step, the learning rate's shape that
@@ -89,9 +90,8 @@ def config_of(arm: str, steps: int, threads: int) -> RunConfig:
     )
 
 
-def train_arm(arm: str, steps: int, threads: int) -> None:
-    config = config_of(arm, steps, threads)
-    result = train(config)
+def record_arm(arm: str, config: RunConfig) -> None:
+    """Writes what the arm's run folder holds: all of it, or as far as it came."""
     lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
     spec = config.model_spec()
     commit = subprocess.run(
@@ -102,12 +102,14 @@ def train_arm(arm: str, steps: int, threads: int) -> None:
         {
             "arm": arm,
             "commit": commit.stdout.strip(),
-            "threads": threads,
+            "threads": config.threads_per_worker,
+            "steps": len(lines),
+            "steps_planned": config.train.steps,
             "active_params": active_params(spec),
             "total_params": total_params(spec),
-            "tokens": result.tokens,
+            "tokens": lines[-1]["tokens"],
             "tokens_per_step": SEQUENCES * LENGTH,
-            "tokens_per_s": round(result.tokens_per_s),
+            "tokens_per_s": round(statistics.median(x["tokens_per_s"] for x in lines)),
             "skipped_steps": lines[-1]["skipped_steps"],
             "held_out": {
                 str(x["step"]): x["validation_loss"] for x in lines if x["validation_loss"] is not None
@@ -195,10 +197,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--tokens", type=float, default=20.5e6)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--so-far", action="store_true", help="train nothing, record how far the arms came")
     args = parser.parse_args()
     steps = max(10, round(args.tokens / (SEQUENCES * LENGTH)))
     for arm in args.arms:
-        train_arm(arm, steps, args.threads)
+        config = config_of(arm, steps, args.threads)
+        if not args.so_far:
+            train(config)
+        record_arm(arm, config)
     table = compare()
     show(table)
     if table:
