@@ -103,7 +103,6 @@ def record_arm(arm: str, config: RunConfig) -> None:
             "arm": arm,
             "commit": commit.stdout.strip(),
             "threads": config.threads_per_worker,
-            "steps": len(lines),
             "steps_planned": config.train.steps,
             "active_params": active_params(spec),
             "total_params": total_params(spec),

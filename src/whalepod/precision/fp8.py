@@ -60,13 +60,23 @@ def quantize_blocks(
     scale_inv = torch.empty(scale_shape(w.shape, block), dtype=torch.float32, device=w.device)
     for w_part, values_part, scale_part in _chunks(w, values, scale_inv):
         blocks = as_blocks(w_part.float(), block)
-        largest = blocks.abs().amax((-3, -1))
+        largest = largest_magnitude(blocks)
         if not bool((largest <= _LARGEST).all()):  # NaN compares false
             raise UserError("a weight with NaN, infinity or a magnitude above 3e38 has no FP8 form")
         scale = block_scale(largest, scale_fmt)
         values_part.copy_(from_blocks(_scaled(blocks, scale[..., :, None, :, None]), w_part.shape))
         scale_part.copy_(scale)
     return values, scale_inv
+
+
+def largest_magnitude(blocks: Tensor) -> Tensor:
+    """Of each of `as_blocks`: [..., block rows, block columns], NaN where there is one.
+
+    Floats without a sign are in the order of their bits, NaN last, and a CPU finds the largest integer
+    several times as fast.
+    """
+    bits = blocks.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[blocks.element_size()])
+    return (bits & torch.iinfo(bits.dtype).max).amax((-3, -1)).view(blocks.dtype)
 
 
 def block_scale(largest: Tensor, scale_fmt: ScaleFormat) -> Tensor:

@@ -16,7 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from whalepod.precision.fp8 import FP8, Block, ScaleFormat, as_blocks, block_scale, from_blocks, widened
+from whalepod.precision.fp8 import (
+    FP8,
+    Block,
+    ScaleFormat,
+    as_blocks,
+    block_scale,
+    from_blocks,
+    largest_magnitude,
+    widened,
+)
 
 TILE = 128
 ROW: Block = (1, TILE)
@@ -46,21 +55,13 @@ class Quantized(NamedTuple):
 def quantize(x: Tensor, block: Block, scale_fmt: ScaleFormat) -> Quantized:
     """`x` [..., M, N] in FP8 with a scale for each `block`."""
     blocks = as_blocks(x, block)
-    scale = block_scale(_largest(blocks).float(), scale_fmt)
+    scale = block_scale(largest_magnitude(blocks).float(), scale_fmt)
     wide = scale[..., :, None, :, None]
     # A power of two divides a BF16 number exactly. What rounding lifts above 448 stays below 464, from
     # where on the cast to E4M3 would make it NaN.
     fits = x.dtype == torch.bfloat16 and scale_fmt == "ue8m0"
     scaled = blocks * wide.reciprocal().to(x.dtype) if fits else blocks.float() / wide
     return Quantized(from_blocks(scaled.to(FP8), x.shape).contiguous(), scale)
-
-
-def _largest(blocks: Tensor) -> Tensor:
-    """Largest magnitude of each block, NaN if it has one. Floats without a sign are in the order of their
-    bits, NaN last: the largest integer is found several times as fast on a CPU."""
-    bits = blocks.view(torch.int16 if blocks.element_size() == 2 else torch.int32)
-    without_sign = torch.iinfo(bits.dtype).max
-    return (bits & without_sign).amax((-3, -1)).view(blocks.dtype)
 
 
 def dequantize(x: Quantized, dtype: torch.dtype) -> Tensor:
@@ -83,7 +84,8 @@ def dequantize_exactly(x: Quantized) -> Tensor:
     bits <<= 4
     bits &= -0x7810  # sign, 0000, exponent and mantissa, 0000
     blocks = as_blocks(bits.view(torch.bfloat16), x.block)
-    scale = (x.scale + (x.scale - x.scale)).to(torch.bfloat16)[..., :, None, :, None]
+    broken = x.scale - x.scale  # NaN of infinity and NaN, else 0
+    scale = (x.scale + broken).to(torch.bfloat16)[..., :, None, :, None]
     small = bool((scale < 2**7).all())  # then one pass does both: 2^127 is the largest power in BF16
     wide = blocks * (scale * 2.0**120) if small else (blocks * 2.0**120) * scale
     return from_blocks(wide, x.values.shape).contiguous()
