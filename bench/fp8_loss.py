@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--tokens", type=float, default=20.5e6)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--so-far", action="store_true", help="train nothing, record how far those begun here came")
+    parser.add_argument("--so-far", action="store_true", help="train nothing, record what was begun")
     args = parser.parse_args()
     steps = max(10, round(args.tokens / (SEQUENCES * LENGTH)))
     for arm in args.arms:
