@@ -484,7 +484,9 @@ def generate(
 def convert(
     src: Annotated[Path, typer.Argument(help="A run's folder or a Hugging Face checkpoint folder.")],
     dst: Annotated[Path, typer.Argument(help="The Hugging Face checkpoint folder to write.")],
-    to: Annotated[str, typer.Option(help="bf16, fp32, fp8 (128 x 128 blocks), or keep.")] = "keep",
+    to: Annotated[
+        str, typer.Option(help="bf16, fp32, fp8 (128 x 128 blocks), keep, or lora: adapters alone.")
+    ] = "keep",
 ) -> None:
     """Writes Hugging Face safetensors from a run or from another checkpoint, tensor by tensor."""
     from whalepod.parallel.export import export

@@ -28,6 +28,7 @@ from whalepod.parallel.parallelize import parallelize, seeded
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.presets import load_model_spec
+from whalepod.spec.run import LoRAConfig
 from whalepod.train.balance import balance_step, set_balance_weight
 
 LENGTH, BATCH, SEED = 32, 8, 3
@@ -192,11 +193,17 @@ class Outcome:
     boxes: dict[str, Any]
 
 
-def step(spec: ModelSpec, mesh: Mesh, separator: int | None = None) -> Outcome:
-    """One optimiser step of this rank, as the trainer makes it; with a separator, documents apart."""
+def step(
+    spec: ModelSpec, mesh: Mesh, separator: int | None = None, lora: LoRAConfig | None = None
+) -> Outcome:
+    """One optimiser step of this rank, as the trainer makes it; with a separator, documents apart; with
+    adapters, of which neither matrix is 0."""
     with torch.device("meta"):
         model = Transformer(spec)
-    p = parallelize(model, mesh, LENGTH, seeded(model.spec, SEED))
+    values = seeded(spec, SEED)
+    p = parallelize(
+        model, mesh, LENGTH, lambda name, box: values(name.replace("lora.B", "lora.b"), box), lora=lora
+    )
     p.train()
     if separator is not None:
         p.mask_documents(separator)

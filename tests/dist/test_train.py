@@ -21,7 +21,7 @@ import yaml
 from harness import run_ranks
 
 from whalepod.cli import main
-from whalepod.parallel import checkpoint
+from whalepod.parallel import checkpoint, trained
 from whalepod.spec.errors import UserError
 from whalepod.spec.run import make_run
 from whalepod.train import loop
@@ -138,7 +138,7 @@ def test_two_workers_train_as_one_does_and_resume_to_the_bit(values: Values, tmp
         whole, broken = (rows_of(tmp_path / folder) for folder in (name, f"{name}-broken"))
         assert [[row[k] for k in keys] for row in broken] == [[row[k] for k in keys] for row in whole], name
         a, b = (
-            checkpoint.read_model(tmp_path / folder, make_run(values).model_spec()).state_dict()
+            trained.read_model(tmp_path / folder, make_run(values).model_spec()).state_dict()
             for folder in (name, f"{name}-broken")
         )
         assert all(torch.equal(tensor, b[key]) for key, tensor in a.items()), name
@@ -168,7 +168,7 @@ def test_a_run_goes_on_under_any_other_layout(values: Values, tmp_path: Path) ->
     assert checkpoint.steps_saved(folder / "checkpoints") == [2, 4, 6, 8, 10]
     assert_same(rows_of(folder), expected, "chain")
     ours, theirs = (
-        checkpoint.read_model(tmp_path / n, make_run(values).model_spec()) for n in ("chain", "alone")
+        trained.read_model(tmp_path / n, make_run(values).model_spec()) for n in ("chain", "alone")
     )
     for name, tensor in theirs.state_dict().items():
         mine = ours.state_dict()[name]

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from whalepod.cli import main
-from whalepod.parallel import checkpoint
+from whalepod.parallel import checkpoint, trained
 from whalepod.parallel.export import export
 from whalepod.parallel.mesh import open_mesh
 from whalepod.parallel.weights import build_model, convert_hf
@@ -76,7 +76,7 @@ def test_round_trip(kind: str, run_values: dict[str, Any], corpus: Path, tmp_pat
     assert (run / "generation_config.json").is_file()
     export(run, tmp_path / "tuned", "fp32")
     tokens = torch.randint(0, 512, (2, 17), generator=torch.Generator().manual_seed(1))
-    ours = checkpoint.read_model(run, read_config(run)).eval()
+    ours = trained.read_model(run, read_config(run)).eval()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32).eval()
     with torch.no_grad():
         logits, expected, before = ours(tokens), theirs(tokens).logits, original(tokens)
@@ -94,7 +94,7 @@ def test_from_fp8_and_to_fp8(run_values: dict[str, Any], corpus: Path, tmp_path:
     run = Path(config.out)
     for to in ("fp8", "bf16"):
         export(run, tmp_path / to, to)
-    tuned = checkpoint.read_model(run, read_config(run))
+    tuned = trained.read_model(run, read_config(run))
     for to, digits in (("fp8", 2**-4), ("bf16", 2**-8)):
         again = build_model(tmp_path / to, torch.float32)
         for name, weight in tuned.named_parameters():

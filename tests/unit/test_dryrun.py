@@ -27,7 +27,7 @@ from whalepod.spec.hardware import parse_gpus
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import MoE
 from whalepod.spec.presets import load_model_spec
-from whalepod.spec.run import RunConfig, make_run
+from whalepod.spec.run import LoRAConfig, RunConfig, make_run
 
 SMALL: dict[str, Any] = {
     **{"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128},
@@ -73,6 +73,22 @@ def test_imbalance_is_that_of_the_first_rank() -> None:
     mean = counts.sum() / 64
     assert counts[:4].sum() / mean == pytest.approx(1.5, rel=0.01)
     assert counts[4:].reshape(-1, 4).sum(1).max() < 1.1 * mean
+
+
+@pytest.mark.parametrize("axes", [{}, {"dp_shard": 4}, {"dp_shard": 2, "ep": 2, "recompute": "full"}])
+def test_adapters_leave_two_bytes_of_a_frozen_weight(axes: dict[str, Any]) -> None:
+    whole = config(precision="bf16", micro_batch=1, global_batch=4, **axes)
+    tuned = whole.model_copy(update={"lora": LoRAConfig(r=8, modules=("o_proj",))})
+    spec = whole.model_spec()
+    a, b = (measure(each, spec, 0, on_gpu=True, imbalance=1.0) for each in (whole, tuned))
+    blocks = spec.num_hidden_layers
+    adapters = blocks * 8 * (spec.num_attention_heads * SMALL["v_head_dim"] + spec.hidden_size)
+    shards = axes.get("dp_shard", 1)
+    assert b.parameters == a.parameters + adapters // shards
+    assert 0 <= b.state["optimizer"] - 12 * adapters // shards <= 64  # masters and moments; Adam's counts
+    copies = 2 * adapters if shards == 1 else 0  # FSDP2 makes the BF16 ones as it gathers
+    assert 0 <= b.state["weights"] - 2 * a.parameters - copies <= 1024  # buffers
+    assert b.peak < a.peak
 
 
 REUSED: list[dict[str, Any]] = [

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
@@ -123,7 +123,7 @@ def measure(
         return Measured(
             rank=rank,
             stages=tuple(_stage_name(part) for part in parts),
-            parameters=sum(h.local for h in held),
+            parameters=sum(h.local for h in held) + _frozen(parts),
             peak=ledger.peak.bytes,
             categories={k: v for k, v in ledger.peak.categories.items() if v},
             peak_at=ledger.peak.where,
@@ -205,6 +205,12 @@ def _follow_shards(ledger: Ledger) -> Iterator[None]:
         ):
             stack.enter_context(replaced(owner, name, tagged(getattr(owner, name), category)))
         yield
+
+
+def _frozen(parts: Sequence[nn.Module]) -> int:
+    """Elements of weights that are not trained, which the training state does not list."""
+    found: list[Any] = [p for part in parts for p in part.parameters() if not p.requires_grad]
+    return sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in found)
 
 
 def _thinned(ledger: Ledger) -> tuple[tuple[float, dict[str, int]], ...]:

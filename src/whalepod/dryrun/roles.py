@@ -81,6 +81,8 @@ def dry_run(
     notes = []
     if layout.exchange == "auto" and layout.ep > 1:
         notes.append("exchange auto is counted as two_hop: DeepEP sends the same rows where it is installed")
+    if config.lora.r:
+        notes.append("seconds are those of training all weights: the planner knows of no frozen ones")
     ranks = [rank] if rank is not None else _ranks(layout, roles)
     on_gpu = cluster.gpu.architecture != "cpu"
     one = partial(measure, config, spec, on_gpu=on_gpu, imbalance=imbalance)

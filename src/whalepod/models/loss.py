@@ -69,14 +69,17 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         needs = trains and (h_TD.requires_grad or weight_VD.requires_grad)
         grad_h = torch.empty_like(h_TD) if needs else None
-        grad_w = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device) if needs else None
+        needs_w = needs and weight_VD.requires_grad
+        grad_w = (
+            torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device) if needs_w else None
+        )
         total = torch.zeros((), dtype=torch.float32, device=h_TD.device)
         rows = max(1, min(len(h_TD), SLICE_ELEMENTS // len(weight_VD)))
         # Reused by all slices: on a CPU, memory that has just been allocated costs more than what is done
         # with it. `low` holds the logits as they are computed, later their gradient.
         low = torch.empty(rows, len(weight_VD), dtype=h_TD.dtype, device=h_TD.device)
         high = torch.empty_like(low, dtype=torch.float32)
-        part = torch.empty_like(weight_VD) if needs else None
+        part = torch.empty_like(weight_VD) if needs_w else None
         for start in range(0, len(h_TD), rows):
             h, targets = h_TD[start : start + rows], targets_T[start : start + rows]
             logits, grad = high[: len(h)], low[: len(h)]
@@ -95,17 +98,18 @@ class _HeadLoss(torch.autograd.Function):
                 log_sum, target_logit = combine(own_sum, target_logit)
                 scale = (own_sum - log_sum).exp_() * counted
             total += ((log_sum - target_logit) * counted).sum()
-            if grad_h is None or grad_w is None or part is None:
+            if grad_h is None:
                 continue
             grad.copy_(shares.mul_(scale).scatter_add_(1, index, -(here & counted).float()))
             torch.mm(grad, weight_VD, out=grad_h[start : start + rows])
-            grad_w += torch.mm(grad.t(), h, out=part)
-        if grad_h is not None and grad_w is not None:
-            ctx.save_for_backward(grad_h, grad_w.to(weight_VD.dtype))
+            if grad_w is not None and part is not None:
+                grad_w += torch.mm(grad.t(), h, out=part)
+        if grad_h is not None:
+            ctx.save_for_backward(grad_h, None if grad_w is None else grad_w.to(weight_VD.dtype))
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, grad_w * grad, None, None, None, None
+        return grad_h * grad, None if grad_w is None else grad_w * grad, None, None, None, None

@@ -154,15 +154,17 @@ def initial_value(
     out = torch.empty([p.stop - p.start for p in part])
     if name.endswith(("norm.weight", "layernorm.weight")):
         return out.fill_(1.0)
-    if name.endswith(("bias", "load")):
+    if name.endswith(("bias", "load", ".lora.B")):
         return out.zero_()
     rows = max(1, INITIAL_CHUNK // math.prod(whole[1:]))
+    # Of an adapter's A, that of PEFT's uniform numbers.
+    deviation = (3 * whole[-1]) ** -0.5 if name.endswith(".lora.A") else spec.initializer_range
     start, stop = part[0].start, part[0].stop
     for first in range(start // rows * rows, stop, rows):
         digest = hashlib.sha256(f"{seed}/{name}/{first}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         chunk = torch.empty(min(rows, whole[0] - first), *whole[1:])
-        chunk.normal_(0.0, spec.initializer_range, generator=generator)
+        chunk.normal_(0.0, deviation, generator=generator)
         a, b = max(start, first), min(stop, first + rows)
         out[a - start : b - start] = chunk[(slice(a - first, b - first), *part[1:])]
     return out

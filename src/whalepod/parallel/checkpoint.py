@@ -26,13 +26,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from whalepod.models.moe import routers
-from whalepod.models.transformer import Transformer
 from whalepod.parallel.comm import Axis
 from whalepod.parallel.parallelize import Parallel
 from whalepod.parallel.state import Piece, TrainingState
 from whalepod.spec.errors import UserError
-from whalepod.spec.model import ModelSpec
 
 _NAME = re.compile(r"step_(\d{8})")
 
@@ -180,27 +177,6 @@ def read_tensors(path: Path, into: Mapping[str, Tensor], no_dist: bool = True) -
             )
     with _quiet():
         dcp.load(dict(into), storage_reader=reader, no_dist=no_dist)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run, rather than a Hugging Face checkpoint."""
-    return (folder / "run.yaml").is_file()
-
-
-def read_model(folder: Path, spec: ModelSpec) -> Transformer:
-    """The model of a run's newest checkpoint: FP32 on the CPU, without optimiser state."""
-    saved = steps_saved(folder / "checkpoints")
-    if not saved:
-        raise UserError(f"the run in {folder} has no checkpoint yet")
-    with torch.device("meta"):
-        model = Transformer(spec)
-    model.to_empty(device="cpu")
-    for router in routers(model):
-        router.load.zero_()
-    wanted = dict(model.named_parameters()) | saved_buffers(model)
-    path = path_of(folder / "checkpoints", saved[-1])
-    read_tensors(path, {f"model/{name}": tensor.detach() for name, tensor in wanted.items()})
-    return model
 
 
 def _prime(optimizer: torch.optim.Optimizer, step: int) -> None:

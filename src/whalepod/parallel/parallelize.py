@@ -1,6 +1,6 @@
 """The only door: a model and a Layout in, a model spread over this job's devices out.
 
-Applied in one fixed order: cut the parameters by the table, put the moves of tensor parallelism
+Applied in one fixed order: add adapters, cut the parameters by the table, put the moves of tensor parallelism
 around the modules, give the experts their exchange, compute in FP8, recompute, and last FSDP2 or flat
 masters, which own the memory from then on. A model on the meta device is filled on the way, under FSDP2
 block by block, so that a rank never holds more than its share and one block.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from whalepod.models.attention import Attend, within_documents
+from whalepod.models.lora import add_adapters
 from whalepod.models.loss import not_counted, seen
 from whalepod.models.moe import MoELayer, Router
 from whalepod.models.transformer import Losses, Transformer, initial_value, target_windows
@@ -31,7 +32,7 @@ from whalepod.parallel.state import TrainingState, sum_in_buckets
 from whalepod.parallel.tensor import split_tensors
 from whalepod.precision.fp8_training import compute_in_fp8
 from whalepod.spec.model import ModelSpec
-from whalepod.spec.run import FP8Config
+from whalepod.spec.run import FP8Config, LoRAConfig
 from whalepod.spec.schedule import RULES
 from whalepod.spec.stages import split_stages
 
@@ -211,22 +212,26 @@ def parallelize(
     sequence_length: int,
     initial: Initial | None = None,
     fp8: FP8Config | None = None,
+    lora: LoRAConfig | None = None,
 ) -> Parallel:
     """Spreads `model` by the mesh's layout. It must not be used on its own afterwards.
 
     The layout must fit the model (`Layout.check_model`) and sequences of `sequence_length`, for which
     pipeline stages are balanced. With `initial`, a model on the meta device is materialised with the values
     that it returns for each parameter's name and this rank's part of it; without, parameters are taken as
-    they are. fp8: how precision `fp8` rounds.
+    they are. fp8: how precision `fp8` rounds. lora: adapters to train instead of the weights.
     """
     layout = mesh.layout
+    if lora is not None and lora.r:
+        add_adapters(model, lora)
     parts: list[Part] = [model]
     if layout.pp > 1:
         split = split_stages(model.spec, layout.num_stages, sequence_length, layout.stage_layers)
         parts = [*make_stages(model, split, layout.schedule, mesh["pp"], context_attend(mesh["cp"]))]
     held: dict[str, Held] = {}
+    dtype = DTYPES[layout.precision]
     for part in parts:
-        held |= shard_parameters(part, mesh)
+        held |= shard_parameters(part, mesh, dtype)
         split_tensors(part, mesh)
         _spread_experts(part, mesh)
         if layout.precision == "fp8":
@@ -237,15 +242,14 @@ def parallelize(
         if initial is not None:
             _fill(module, path, held, initial, mesh.device)
 
-    dtype, state = DTYPES[layout.precision], None
     if layout.fsdp > 1:
-        state = Sharded(parts, held, mesh, dtype, fill)
+        state: TrainingState = Sharded(parts, held, mesh, dtype, fill)
     else:
         for part in parts:
             fill(part, "")
         if layout.pp > 1:
             tie_stages([part for part in parts if isinstance(part, Stage)])
-        named = {name: p for part in parts for name, p in part.named_parameters()}
+        named = {name: p for part in parts for name, p in part.named_parameters() if p.requires_grad}
         state = Replicated(named, held, mesh, dtype)
     return Parallel(parts, state, model.spec, mesh)
 
@@ -276,7 +280,8 @@ def _fill(
                 continue
             if id(parameter) not in made:
                 name = f"{below}.{key}".lstrip(".")
-                made[id(parameter)] = nn.Parameter(initial(name, held[name].box).to(device))
+                value = initial(name, held[name].box).to(device, parameter.dtype)
+                made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             owner._parameters[key] = made[id(parameter)]
         for key, buffer in list(owner._buffers.items()):
             if buffer is None or not buffer.is_meta:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from whalepod.models.attention import MLAttention
+from whalepod.models.lora import Adapter
 from whalepod.models.mlp import SwiGLU
 from whalepod.models.moe import GroupedExperts, Router, routers
 from whalepod.models.transformer import Block
@@ -115,7 +116,7 @@ class _Selective:
 
     def __init__(self, block: Block, found: list[Router], traffic: Traffic) -> None:
         self._routers, self._traffic = found, traffic
-        self._in_up_projection = self._in_tail = False
+        self._in_up_projection = self._in_adapter = self._in_tail = False
         self._mode: Any = None  # of the first pass, while it runs
         self._kept: list[tuple[Any, int]] = []
         self._unread: set[tuple[Any, int]] = set()
@@ -125,7 +126,10 @@ class _Selective:
                     module.register_forward_pre_hook(lambda *_: self._enter(True))
                     module.register_forward_hook(lambda *_: self._enter(False))
         for module in block.modules():
-            if isinstance(module, SwiGLU):
+            if isinstance(module, Adapter):  # cheap, and B's derivative reads what A gave
+                module.register_forward_pre_hook(lambda *_: self._adapter(True))
+                module.register_forward_hook(lambda *_: self._adapter(False))
+            elif isinstance(module, SwiGLU):
                 module.down_proj.register_forward_pre_hook(lambda *_: self._tail(True))
                 module.register_forward_hook(lambda *_: self._tail(False))
             elif isinstance(module, GroupedExperts):
@@ -133,6 +137,9 @@ class _Selective:
 
     def _enter(self, inside: bool) -> None:
         self._in_up_projection = inside
+
+    def _adapter(self, inside: bool) -> None:
+        self._in_adapter = inside
 
     def _tail(self, inside: bool) -> None:
         self._in_tail = inside
@@ -160,7 +167,7 @@ class _Selective:
             self._unread.clear()
 
     def _policy(self, context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        keep = op in _KEPT and not self._in_up_projection
+        keep = op in _KEPT and not (self._in_up_projection or self._in_adapter)
         if not keep:
             return CheckpointPolicy.PREFER_RECOMPUTE
         if op == _ops.reduce_scatter_tensor.default and self._kept and self._kept[-1][0] in _LINEAR:

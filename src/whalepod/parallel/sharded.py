@@ -44,6 +44,8 @@ class Sharded:
         self._copies: dict[str, nn.Parameter] = {}
         for part in parts:
             for name, parameter in part.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 (self._copies if name in self._named else self._named)[name] = parameter
         self._pieces = {n: Piece(*local_part(p, held[n])) for n, p in self._named.items()}
         # Plain tensors over the shards' memory: an optimiser need not know of meshes.

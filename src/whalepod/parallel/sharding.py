@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from whalepod.models.lora import A as LORA_A
+from whalepod.models.lora import B as LORA_B
+from whalepod.models.lora import is_adapter
 from whalepod.parallel.mesh import Mesh
 from whalepod.spec.layout import Layout
 
-# Parameter path (its end), axis, dimension. The first line that matches counts; no line, no cut.
+# Parameter path (its end), axis, dimension. The first line that matches counts; no line, no cut. Of the
+# adapter of a layer that is cut, B is cut like the layer's outputs, or A like its inputs.
 # `experts` is `ep` along the experts, or without expert parallelism `tp` along their width.
 TABLE: tuple[tuple[str, str, int], ...] = (
     ("embed_tokens.weight", "tp", 0),  # vocabulary
@@ -71,19 +75,25 @@ class Held:
 
 def cut(name: str, layout: Layout) -> tuple[str, int] | None:
     """The axis and dimension along which a parameter is cut, or None."""
-    found = next(((axis, dim) for end, axis, dim in TABLE if name.endswith(end)), None)
+    base = name
+    if is_adapter(name):
+        base = name.removesuffix(LORA_A).removesuffix(LORA_B) + ".weight"
+    found = next(((axis, dim) for end, axis, dim in TABLE if base.endswith(end)), None)
     if found is None:
         return None
     axis, dim = found
+    if base != name and name.endswith(LORA_A) == (dim == 0):
+        return None
     if axis == "experts":
         axis, dim = ("ep", 0) if layout.ep > 1 else ("tp", dim)
     return (axis, dim) if getattr(layout, axis) > 1 else None
 
 
-def shard_parameters(part: nn.Module, mesh: Mesh) -> dict[str, Held]:
+def shard_parameters(part: nn.Module, mesh: Mesh, frozen: torch.dtype = torch.float32) -> dict[str, Held]:
     """Replaces every parameter of a model part by this rank's share, by name.
 
-    Parameters on the meta device stay there. One that two modules share stays shared.
+    Parameters on the meta device stay there. One that two modules share stays shared. What is not trained
+    is `frozen` from now on.
     """
     layout = mesh.layout
     held: dict[str, Held] = {}
@@ -101,9 +111,10 @@ def shard_parameters(part: nn.Module, mesh: Mesh) -> dict[str, Held]:
                 box = _slice(box, where[1], mesh[where[0]].size, mesh[where[0]].rank)
             if first:
                 # Masters: FP32 whatever the weights came in.
-                part_of_it = parameter.detach()[box.slices]
-                local = part_of_it.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-                made[id(parameter)] = nn.Parameter(local, requires_grad=parameter.requires_grad)
+                trained, part_of_it = parameter.requires_grad, parameter.detach()[box.slices]
+                dtype = torch.float32 if trained else frozen
+                local = part_of_it.to(dtype, copy=True, memory_format=torch.contiguous_format)
+                made[id(parameter)] = nn.Parameter(local, requires_grad=trained)
                 held[name] = Held(box, _reduce_axis(where, layout))
             module._parameters[key] = made[id(parameter)]
     del old

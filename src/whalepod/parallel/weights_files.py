@@ -25,6 +25,7 @@ from torch import Tensor
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import shown
 
+ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 COMPANIONS = (
@@ -285,6 +286,20 @@ def write_checkpoint(
         raise UserError(f"cannot write {folder}: {_line(error)}") from None
 
 
+def write_adapter(folder: Path | str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes an adapter as PEFT reads it, all at once; over another adapter only. Raises UserError."""
+    folder = Path(folder)
+    try:
+        with _replacing(folder) as new:
+            _write_json(new / ADAPTER, config)
+            file = new / "adapter_model.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+            shutil.copymode(new / ADAPTER, file)
+            _sync(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {_line(error)}") from None
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copies tokenizer, generation config and chat templates, as far as there are any."""
     for pattern in COMPANIONS:
@@ -349,11 +364,13 @@ def _retire(old: Path, folder: Path) -> None:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(_is_weights(file) for file in folder.iterdir())
+    has_config = (folder / "config.json").is_file() or (folder / ADAPTER).is_file()
+    return has_config and any(_is_weights(file) for file in folder.iterdir())
 
 
 def _is_weights(file: Path) -> bool:
-    return file.name == INDEX or (file.name.startswith("model") and file.suffix == ".safetensors")
+    weights = file.name.startswith(("model", "adapter_model")) and file.suffix == ".safetensors"
+    return file.name == INDEX or weights
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

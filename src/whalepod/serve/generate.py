@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from whalepod.models.transformer import Transformer
-from whalepod.parallel import checkpoint
+from whalepod.parallel import trained
 from whalepod.parallel.weights import build_model
 from whalepod.serve.cache import LatentCache
 from whalepod.serve.sampling import Sampling, pick
@@ -52,8 +52,8 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "auto") -> t
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bf16" if kind == "cuda" or 4 * weight_bytes(spec) > _free_memory() else "fp32"
-    if checkpoint.is_run(path):
-        model = checkpoint.read_model(path, spec).to(kind)
+    if trained.is_run(path):
+        model = trained.read_model(path, spec).to(kind)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(_DTYPES[dtype])
     else:

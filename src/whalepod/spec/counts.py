@@ -341,9 +341,18 @@ def backward_flops(spec: ModelSpec, seq_len: int = 4096, causal: bool = True, mt
     return forward_flops(spec, seq_len, causal, mtp).scaled(2)
 
 
-def train_flops(spec: ModelSpec, seq_len: int = 4096, causal: bool = True, mtp: bool = False) -> Flops:
-    """Forward and backward per token: V3 at 4096, causal, 250 GFLOP (ISCA 2025, table 2)."""
-    return forward_flops(spec, seq_len, causal, mtp).scaled(3)
+def train_flops(
+    spec: ModelSpec, seq_len: int = 4096, causal: bool = True, mtp: bool = False, weights: bool = True
+) -> Flops:
+    """Forward and backward per token: V3 at 4096, causal, 250 GFLOP (ISCA 2025, table 2).
+
+    weights: without gradients of these, as with adapters (whose own products are not counted), a third less
+    but for attention's scores.
+    """
+    forward = forward_flops(spec, seq_len, causal, mtp)
+    if weights:
+        return forward.scaled(3)
+    return forward.scaled(2) + Flops(attn_scores=forward.attn_scores)
 
 
 def decode_flops(spec: ModelSpec, context_len: int) -> Flops:

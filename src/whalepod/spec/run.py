@@ -144,6 +144,17 @@ class TrainConfig(_Section):
     start_from: str | None = None
 
 
+class LoRAConfig(_Section):
+    """Low-rank adapters on frozen weights (`models/lora.py`). r: their rank; 0 trains the weights themselves.
+    alpha: an adapter's output counts alpha / r. modules: names of the linear layers that get one, such as
+    q_b_proj or the gate_proj of dense layers and shared experts; null is all of attention, and of a model
+    without experts the MLPs too."""
+
+    r: int = Field(default=0, ge=0)
+    alpha: float = Field(default=32.0, gt=0)
+    modules: tuple[str, ...] | None = None
+
+
 class RunConfig(_Section):
     """A whole job: what `run.yaml` holds. `model` is a preset's name, a path, or a mapping with
     `preset` and the fields to change."""
@@ -156,6 +167,7 @@ class RunConfig(_Section):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    lora: LoRAConfig = Field(default_factory=LoRAConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_worker: int | None = Field(default=None, ge=1)
     out: str = "runs/default"

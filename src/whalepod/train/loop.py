@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from whalepod.models.lora import is_adapter
 from whalepod.parallel import checkpoint
 from whalepod.parallel.checkpoint import Progress
 from whalepod.parallel.mesh import Mesh, local_device, open_mesh
-from whalepod.parallel.parallelize import DTYPES, seeded
+from whalepod.parallel.parallelize import DTYPES, Initial, seeded
 from whalepod.parallel.weights_initial import StoredWeights
 from whalepod.spec.counts import train_flops
 from whalepod.spec.errors import UserError
@@ -89,7 +90,9 @@ class Trainer:
         self.data = PackedTokens(files.train.path, length, config.train.seed, self.extra)
         self._files = files
         start = config.train.start_from
-        initial = seeded(spec, config.train.seed) if start is None else StoredWeights(start, spec)
+        initial = seeded(spec, config.train.seed)
+        if start is not None:
+            initial = _started(StoredWeights(start, spec), initial)
         self.work = TrainStep(config, spec, mesh, initial, files.train.eos_id)
         self.parallel, self.optimizer = self.work.parallel, self.work.optimizer
         self.course = Course(config)
@@ -169,7 +172,8 @@ class Trainer:
         mine = measure_peak_flops(self.mesh.device, dtype)
         peak = sum(row[0] for row in axis.all_gather_floats([mine]))
         length = config.data.sequence_length
-        flops = train_flops(self.spec, length, mtp=self.spec.num_nextn_predict_layers > 0).total
+        trains_all = config.lora.r == 0
+        flops = train_flops(self.spec, length, mtp=self.spec.num_nextn_predict_layers > 0, weights=trains_all)
         reporter = None
         if self.mesh.is_first:
             label = f"{self.spec.name} on {axis.size} worker" + "s" * (axis.size > 1)
@@ -216,7 +220,7 @@ class Trainer:
                             learning_rate=rate,
                             step_s=seconds,
                             tokens_per_s=tokens_in_step / seconds,
-                            mfu=flops * tokens_in_step / seconds / peak,
+                            mfu=flops.total * tokens_in_step / seconds / peak,
                             memory_gib=memory,
                             expert_load_worst=load.worst if load else None,
                             expert_load_mean=load.mean if load else None,
@@ -243,7 +247,7 @@ class Trainer:
             validation_loss=validation,
             tokens_per_s=tokens_per_s,
             step_s=step_s,
-            mfu=flops * tokens_per_s / peak,
+            mfu=flops.total * tokens_per_s / peak,
             peak_tflops=peak / 1e12,
             memory_gib=[row[0] for row in memory_rows],
             state_gib=[row[1] for row in memory_rows],
@@ -261,7 +265,9 @@ class Trainer:
         return main.item(), mtp, norm, load
 
     def _predict(self) -> Prediction | None:
-        """The planner's figures, written into the run's folder too."""
+        """The planner's figures, written into the run's folder too; it knows of no frozen weights."""
+        if self.config.lora.r:
+            return None
         found = predict(
             *(self.spec, self.layout, self.config.data.sequence_length, self.mesh.device),
             threads=torch.get_num_threads(),
@@ -270,6 +276,11 @@ class Trainer:
         if found is not None:
             (self.folder / "prediction.json").write_text(json.dumps(asdict(found), indent=1))
         return found
+
+
+def _started(stored: Initial, fresh: Initial) -> Initial:
+    """Values of a folder; of adapters, which it has none of, fresh ones."""
+    return lambda name, box: (fresh if is_adapter(name) else stored)(name, box)
 
 
 def run_rank(config: RunConfig, files: TokenFiles, until: int | None, quiet: bool) -> RunResult:

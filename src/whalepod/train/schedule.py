@@ -78,6 +78,7 @@ class Course:
         self._optimizer: OptimizerConfig = config.optimizer
         self._schedule: ScheduleConfig = config.schedule
         self._loss: LossConfig = config.loss
+        self._frozen = config.lora.r > 0  # adapters are for a model whose biases are as they were
         self.batches = batch_sizes(config.train.steps, config.make_layout(), config.schedule)
         before = [0, *accumulate(self.batches)]
         self._done = [n / before[-1] for n in before[:-1]]
@@ -97,4 +98,5 @@ class Course:
         return self._loss.mtp_weight_late if late else self._loss.mtp_weight
 
     def bias_speed(self, step: int) -> float:
-        return self._loss.bias_update_speed if self._done[step] < self._loss.bias_until else 0.0
+        moves = self._done[step] < self._loss.bias_until and not self._frozen
+        return self._loss.bias_update_speed if moves else 0.0

@@ -18,6 +18,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from whalepod.models.lora import add_adapters
 from whalepod.models.transformer import Transformer
 from whalepod.parallel import checkpoint, shm
 from whalepod.parallel.mesh import world_size
@@ -62,7 +63,11 @@ def train(
     if config.data.document_mask and layout.cp > 1:
         raise UserError("data.document_mask is not possible with layout.cp above 1: use tp or dp_shard")
     with torch.device("meta"):
-        Transformer(spec)  # says now what cannot be run
+        model = Transformer(spec)  # says now what cannot be run
+    if config.lora.r:
+        if config.train.start_from is None:
+            raise UserError("lora.r needs weights to adapt: name their folder as train.start_from")
+        add_adapters(model, config.lora)
     if config.train.start_from is not None:
         StoredWeights(config.train.start_from, spec)  # ... and what cannot be started from
     under_launcher = "RANK" in os.environ
@@ -127,10 +132,17 @@ def write_run(folder: Path, config: RunConfig, spec: ModelSpec, tokenizer: Token
         if config.train.start_from is not None:
             copy_companions(Path(config.train.start_from), folder)
         (folder / "config.json").write_text(json.dumps(to_config(spec), indent=1))
-        (folder / "run.yaml").write_text(dump_run(config))
+        (folder / "run.yaml").write_text(dump_run(_found_from_anywhere(config)))
     except OSError as error:
         raise UserError(f"cannot write the run's folder {folder}: {error.strerror}") from None
     tokenizer.save(folder)
+
+
+def _found_from_anywhere(config: RunConfig) -> RunConfig:
+    """With the folder that it starts from by its whole path: adapters are merged into what is there."""
+    start = config.train.start_from
+    changes = {"start_from": start and str(Path(start).absolute())}
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
 
 
 def _check_folder(folder: Path, spec: ModelSpec, config: RunConfig, restart: bool) -> None:
@@ -150,6 +162,10 @@ def _check_folder(folder: Path, spec: ModelSpec, config: RunConfig, restart: boo
     if replace(before.model_spec(), name="") != replace(spec, name=""):
         raise UserError(
             f"out: {folder} holds checkpoints of another model; choose another folder or --restart"
+        )
+    if before.lora != config.lora:
+        raise UserError(
+            f"out: {folder} holds checkpoints of a run with another `lora`; choose another or --restart"
         )
     if before.data != config.data or before.train.seed != config.train.seed:
         raise UserError(

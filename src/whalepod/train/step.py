@@ -32,7 +32,9 @@ class TrainStep:
         self.layout = mesh.layout
         with torch.device("meta"):
             model = Transformer(spec)
-        self.parallel: Parallel = parallelize(model, mesh, config.data.sequence_length, initial, config.fp8)
+        self.parallel: Parallel = parallelize(
+            model, mesh, config.data.sequence_length, initial, config.fp8, config.lora
+        )
         self.parallel.train()
         if config.data.document_mask:
             self.parallel.mask_documents(separator)
