@@ -458,7 +458,7 @@ def generate(
 ) -> None:
     """Writes text: latent cache, absorbed decode, streamed to the terminal."""
     from whalepod.serve import generate as generate_
-    from whalepod.serve.sampling import Sampling
+    from whalepod.serve.request import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     model, tokenizer = generate_.load_model(path, dtype)

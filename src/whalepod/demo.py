@@ -14,7 +14,7 @@ from rich.table import Table
 
 from whalepod.report.training import Curve, draw_scaling
 from whalepod.serve.generate import Generated, generate, load_model
-from whalepod.serve.sampling import Sampling
+from whalepod.serve.request import Sampling
 from whalepod.spec.counts import GIB, params
 from whalepod.spec.run import RunConfig, make_run
 from whalepod.text.sources import Progress

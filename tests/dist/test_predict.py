@@ -20,7 +20,7 @@ from whalepod.parallel.mesh import Groups, make_mesh, open_world
 from whalepod.parallel.parallelize import parallelize, seeded
 from whalepod.parallel.predict import greedy
 from whalepod.serve.generate import generate_ids
-from whalepod.serve.sampling import Sampling
+from whalepod.serve.request import Sampling
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec

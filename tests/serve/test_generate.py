@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from whalepod.parallel.export import export
 from whalepod.serve.generate import generate, generate_ids, load_model
-from whalepod.serve.sampling import Sampling, pick
+from whalepod.serve.request import Sampling
+from whalepod.serve.sampling import pick
 from whalepod.spec.errors import UserError
 from whalepod.spec.run import make_run
 from whalepod.train.start import train
@@ -101,10 +103,14 @@ def test_bad_requests(run, tmp_path) -> None:
 
 def test_sampling_keeps_to_its_limits() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(400, 4)
-    generator = torch.Generator().manual_seed(0)
-    assert set(pick(logits, Sampling(), generator).tolist()) == {3}
-    assert set(pick(logits, Sampling(1.0, top_k=2), generator).tolist()) == {2, 3}
+    u = [(i + 0.5) / 400 for i in range(400)]
+
+    def drawn(**limits: float) -> dict[int, int]:
+        return dict(Counter(pick(logits, [Sampling(1.0, **limits)] * 400, u)))  # type: ignore[arg-type]
+
+    assert pick(logits, [Sampling()] * 400, u) == [3] * 400
     # softmax is .03 .09 .24 .64: .64 alone covers .6, two are needed for .7
-    assert set(pick(logits, Sampling(1.0, top_p=0.6), generator).tolist()) == {3}
-    assert set(pick(logits, Sampling(1.0, top_p=0.7), generator).tolist()) == {2, 3}
-    assert set(pick(logits, Sampling(1.0), generator).tolist()) == {0, 1, 2, 3}
+    assert drawn(top_p=0.6) == drawn(top_k=1) == drawn(min_p=0.5) == {3: 400}
+    assert drawn(top_p=0.7) == drawn(top_k=2) == drawn(min_p=0.3) == {2: 108, 3: 292}
+    assert drawn() == {0: 13, 1: 35, 2: 94, 3: 258}  # 400 times the shares
+    assert drawn(top_k=3, top_p=0.75) == {2: 108, 3: 292}  # of the three that are left .27 .09 .665 ...

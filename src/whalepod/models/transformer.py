@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         as token 0 where that is none.
         positions: [S] or [B, S], default 0, 1, ...
         """
-        cos_sin = self._tables(tokens_BS, positions)
+        cos_sin = self.tables(tokens_BS, positions)
         x = self._blocks(tokens_BS, cos_sin, attend)
         if targets_BSK is None:
             return self.lm_head(x)
@@ -123,9 +123,9 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens_BS: Tensor, positions: Tensor | None, attend: Attend) -> Tensor:
         """The last hidden states [B, S, D], normalised: what the head reads."""
-        return self._blocks(tokens_BS, self._tables(tokens_BS, positions), attend)
+        return self._blocks(tokens_BS, self.tables(tokens_BS, positions), attend)
 
-    def _tables(self, tokens_BS: Tensor, positions: Tensor | None) -> Tables:
+    def tables(self, tokens_BS: Tensor, positions: Tensor | None) -> Tables:
         if positions is None:
             positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
         a = self.spec.attention

@@ -72,7 +72,7 @@ class Stage(Transformer):
 
         positions: [S] or [b, S], for every stage. targets_BSK is read by the last.
         """
-        cos_sin = self._tables(x, positions)
+        cos_sin = self.tables(x, positions)
         attend = self.attend
         if self.masks_documents and positions is not None:
             attend = within_documents(positions)

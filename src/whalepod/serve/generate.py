@@ -14,14 +14,14 @@ import torch
 from whalepod.models.transformer import Transformer
 from whalepod.parallel import trained
 from whalepod.parallel.weights import build_model
-from whalepod.serve.cache import LatentCache
-from whalepod.serve.sampling import Sampling, pick
+from whalepod.serve.core import PAGE_SIZE, Core, CoreConfig
+from whalepod.serve.paged import page_bytes
+from whalepod.serve.request import Request, Sampling
 from whalepod.spec.counts import weight_bytes
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import read_config
 from whalepod.text.tokenizer import Tokenizer, load_tokenizer
 
-PREFILL_CHUNK = 512
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -65,7 +65,6 @@ def _free_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-@torch.inference_mode()
 def generate_ids(
     model: Transformer,
     prompt: list[int],
@@ -78,33 +77,13 @@ def generate_ids(
     Raises UserError for an empty prompt, ids beyond the vocabulary, or more positions than the
     model has.
     """
-    spec = model.spec
-    spec.check_prompt(prompt, max_new_tokens)
-    length = len(prompt) + max_new_tokens
-    weight = model.embed_tokens.weight
-    generator = torch.Generator(weight.device)
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
-    cache = LatentCache(spec, 1, length, weight.dtype, weight.device)
-
-    def forward(ids: list[int]) -> torch.Tensor:
-        tokens = torch.tensor([ids], device=weight.device)
-        positions = torch.arange(cache.length, cache.length + len(ids), device=weight.device)
-        hidden = model.hidden(tokens, positions, cache.attend)
-        cache.advance(len(ids))
-        return model.lm_head(hidden[:, -1])
-
-    for start in range(0, len(prompt), PREFILL_CHUNK):
-        logits = forward(prompt[start : start + PREFILL_CHUNK])
-    for step in range(max_new_tokens):
-        token = int(pick(logits, sampling, generator))
-        if token in stop_ids:
-            return
-        yield token
-        if step + 1 < max_new_tokens:
-            logits = forward([token])
+    model.spec.check_prompt(prompt, max_new_tokens)
+    pages = -(-(len(prompt) + max_new_tokens) // PAGE_SIZE)
+    core = Core(model, CoreConfig(pages, max_running=1))
+    job = core.add(Request(tuple(prompt), max_new_tokens, sampling), stop_ids)
+    while not core.is_idle:
+        for _ in core.step():
+            yield from (each.token for each in job.picked if each.token not in stop_ids)
 
 
 def generate(
@@ -137,12 +116,11 @@ def generate(
         put(decoder.push(token))
     put(decoder.finish())
     end = time.perf_counter()
-    cache_row = LatentCache(model.spec, 1, 1, model.embed_tokens.weight.dtype, torch.device("meta"))
     return Generated(
         text="".join(pieces),
         prompt_tokens=len(ids),
         new_tokens=count,
         prefill_tokens_per_s=len(ids) / max(first - start, 1e-9),
         decode_tokens_per_s=max(count - 1, 0) / max(end - first, 1e-9),
-        cache_bytes_per_token=cache_row.num_bytes,
+        cache_bytes_per_token=page_bytes(model.spec, 1, model.embed_tokens.weight.dtype),
     )

@@ -64,7 +64,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Grammar:
-    """What the output must be. source: a JSON schema, a regular expression, or nothing for any JSON object."""
+    """What the output must be. source: a JSON schema, a regular expression, or nothing for any JSON
+    object."""
 
     kind: Literal["json_object", "json_schema", "regex"]
     source: str = ""
@@ -107,7 +108,8 @@ class TokenInfo:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is new of a sequence: text that is whole UTF-8 and cannot become part of a stop string, and tokens.
+    """What is new of a sequence: text that is whole UTF-8 and cannot become part of a stop string, and
+    tokens.
 
     The last has a `finish_reason`: `stop` (EOS or a stop string), `length`, `abort`. Counts are those so far;
     cached_tokens: of the prompt, found in the prefix cache.

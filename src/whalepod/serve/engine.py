@@ -1,0 +1,262 @@
+"""The engine as others use it: requests from any thread or event loop, text back as it is written.
+
+One thread runs the model, step after step; what is asked meanwhile waits in an inbox that it empties between
+two steps. If a step fails the engine is broken: everyone who waits gets the error, and so does who comes
+later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+
+from whalepod.serve.core import Core, Job
+from whalepod.serve.grammar import GrammarMask, Grammars
+from whalepod.serve.output import Output
+from whalepod.serve.request import Busy, Chunk, Draining, FinishReason, Request, Stats
+from whalepod.spec.errors import UserError
+from whalepod.text.tokenizer import Tokenizer
+
+Event = Chunk | BaseException
+
+
+@dataclass(eq=False)
+class _Stream:
+    """A request and who waits for it: `put` may be called from the engine's thread."""
+
+    request: Request
+    put: Callable[[Event], None]
+    output: Output
+    mask: GrammarMask | None = None
+    job: Job | None = None
+
+
+class Engine:
+    """Serves a model (a Core) and its tokenizer. max_waiting: requests that may wait for their turn."""
+
+    def __init__(self, core: Core, tokenizer: Tokenizer, max_waiting: int = 1024) -> None:
+        self._core, self._tokenizer, self._max_waiting = core, tokenizer, max_waiting
+        self._grammars = Grammars(tokenizer, core.spec.vocab_size)
+        self._ends = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+        self._wake = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._open: set[_Stream] = set()  # not over, those in the inbox too
+        self._by_job: dict[int, _Stream] = {}
+        self._draining = self._stopping = False
+        self._stats = core.stats()
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------- for those who ask
+
+    async def generate(self, request: Request) -> AsyncIterator[Chunk]:
+        """Chunks of the output as they come. Closing the iterator ends the request.
+
+        Raises at the first step UserError for what cannot be done, Busy for a full queue, Draining.
+        """
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def put(event: Event) -> None:
+            # The loop may be closed by now: then nobody waits.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        mask = None
+        if request.grammar is not None:
+            mask = await asyncio.to_thread(self._grammars.mask, request.grammar)
+        stream = self._submit(request, put, mask)
+        try:
+            while True:
+                event = await queue.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            self._leave(stream)
+
+    def stream(self, request: Request) -> Iterator[Chunk]:
+        """The same for callers without an event loop."""
+        queue: SimpleQueue[Event] = SimpleQueue()
+        mask = None if request.grammar is None else self._grammars.mask(request.grammar)
+        stream = self._submit(request, queue.put, mask)
+        try:
+            while True:
+                event = queue.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            self._leave(stream)
+
+    def complete(
+        self, requests: Iterable[Request], on_done: Callable[[int, str], None] | None = None
+    ) -> list[tuple[str, FinishReason]]:
+        """Texts of many requests, all at once, in their order. on_done: called with number and text of each
+        as it ends. The queue's limit does not hold for these."""
+        queue: SimpleQueue[tuple[int, Event]] = SimpleQueue()
+        texts: dict[int, str] = {}
+        reasons: dict[int, FinishReason] = {}
+        streams = []
+        for number, request in enumerate(requests):
+            texts[number] = ""
+            mask = None if request.grammar is None else self._grammars.mask(request.grammar)
+
+            def put(event: Event, number: int = number) -> None:
+                queue.put((number, event))
+
+            streams.append(self._submit(request, put, mask, limited=False))
+        try:
+            while len(reasons) < len(texts):
+                number, event = queue.get()
+                if isinstance(event, BaseException):
+                    raise event
+                texts[number] += event.text
+                if event.finish_reason is not None:
+                    reasons[number] = event.finish_reason
+                    if on_done is not None:
+                        on_done(number, texts[number])
+        finally:
+            for stream in streams:
+                self._leave(stream)
+        return [(texts[number], reasons[number]) for number in texts]
+
+    def stats(self) -> Stats:
+        """As of the end of the last step; who waits includes the inbox."""
+        stats = self._stats
+        return replace(stats, waiting=max(stats.waiting, len(self._open) - stats.running))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no more requests, lets those there finish, and ends; what is left by then is aborted."""
+        await asyncio.to_thread(self.close, timeout_s)
+
+    def close(self, timeout_s: float = 0.0) -> None:
+        """`drain` for callers without an event loop."""
+        with self._wake:
+            self._draining = True
+            self._wake.wait_for(lambda: not self._open or self.failure is not None, timeout_s)
+            self._stopping = True
+            self._wake.notify_all()
+        self._thread.join()
+
+    # ------------------------------------------------------------------- between the two
+
+    def _submit(
+        self, request: Request, put: Callable[[Event], None], mask: GrammarMask | None, limited: bool = True
+    ) -> _Stream:
+        stream = _Stream(request, put, Output(self._tokenizer, request.stop), mask)
+        with self._wake:
+            if self.failure is not None:
+                raise RuntimeError("the engine is broken") from self.failure
+            if self._draining:
+                raise Draining("the server is about to end and takes no new requests")
+            waiting = len(self._open) - self._core.config.max_running
+            if limited and waiting >= self._max_waiting:
+                raise Busy(f"{self._max_waiting} requests wait already: try again later")
+            self._open.add(stream)
+            self._inbox.append(lambda: self._begin(stream))
+            self._wake.notify_all()
+        return stream
+
+    def _leave(self, stream: _Stream) -> None:
+        """Whoever asked is gone; nothing happens if the stream is over."""
+        with self._wake:
+            if stream in self._open:
+                self._inbox.append(lambda: self._abandon(stream))
+                self._wake.notify_all()
+
+    # ------------------------------------------------------------------- the engine's thread
+
+    def _live(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._inbox or self._stopping or not self._core.is_idle)
+                    tasks, stopping = [*self._inbox], self._stopping
+                    self._inbox.clear()
+                for task in tasks:
+                    task()
+                if stopping:
+                    break
+                for job in self._core.step():
+                    self._tell(self._by_job[id(job)])
+                if self._core.is_idle:
+                    self._core.scheduler.check_integrity()
+                self._stats = self._core.stats()
+            for stream in [*self._by_job.values()]:
+                self._core.end(stream.job, "abort")  # type: ignore[arg-type]
+                self._tell(stream)
+        except BaseException as error:  # whatever it is, nobody may wait for ever
+            self._break(error)
+
+    def _begin(self, stream: _Stream) -> None:
+        try:
+            ends = frozenset() if stream.request.ignore_eos else self._ends
+            stream.job = self._core.add(stream.request, ends, stream.mask)
+        except UserError as error:
+            self._over(stream)
+            stream.put(error)
+            return
+        self._by_job[id(stream.job)] = stream
+
+    def _abandon(self, stream: _Stream) -> None:
+        if stream in self._open:
+            if stream.job is not None:
+                self._core.end(stream.job, "abort")
+            self._over(stream)
+
+    def _over(self, stream: _Stream) -> None:
+        if stream.job is not None:
+            del self._by_job[id(stream.job)]
+        with self._wake:
+            self._open.remove(stream)
+            self._wake.notify_all()
+
+    def _tell(self, stream: _Stream) -> None:
+        """Passes on what a step brought."""
+        job, output, request = stream.job, stream.output, stream.request
+        assert job is not None
+        picked, job.picked = job.picked, []
+        ends_text = job.reason == "stop" and picked and picked[-1].token in job.ends
+        text = output.push(each.token for each in (picked[:-1] if ends_text else picked))
+        if stream.mask is not None:
+            for each in picked:
+                stream.mask.accept(each.token)
+            if stream.mask.is_whole:
+                self._core.end(job, "stop")
+        if output.stopped:
+            self._core.end(job, "stop")
+            job.reason = "stop"
+        if job.reason is not None:
+            text += output.finish()
+            if output.stopped:
+                job.reason = "stop"
+            self._over(stream)
+        sequence = job.sequence
+        stream.put(
+            Chunk(
+                text,
+                output.infos(picked, request.logprobs is not None),
+                job.reason,
+                sequence.num_prompt,
+                sequence.cached,
+                sequence.num_new,
+            )
+        )
+
+    def _break(self, error: BaseException) -> None:
+        with self._wake:
+            self.failure = error
+            waiting = [*self._open]
+            self._open.clear()
+            self._wake.notify_all()
+        for stream in waiting:
+            stream.put(error)

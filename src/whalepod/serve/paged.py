@@ -1,0 +1,137 @@
+"""The paged cache, and attention over it: per layer one latent (or key-value) row a token, in pages.
+
+All of a step's tokens stand in one row [1, T] of the model, run behind run. Each layer writes their rows into
+the pages and attends run by run: those of a few tokens, which write, together and in the absorbed form, over
+rows gathered from their pages and padded to the longest; those that are read in each by itself, in the form
+that costs less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from whalepod.models.attention import Attention
+from whalepod.serve.scheduler import Run
+from whalepod.spec.counts import kv_elements_per_layer
+from whalepod.spec.model import ModelSpec
+
+FEW = 4
+"""Tokens of a run up to which it is put together with others."""
+
+
+def page_bytes(spec: ModelSpec, page_size: int, dtype: torch.dtype, mtp: bool = False) -> int:
+    """Of one page in all layers; mtp: in those of multi-token prediction too."""
+    layers = spec.num_hidden_layers + mtp * spec.num_nextn_predict_layers
+    return layers * page_size * kv_elements_per_layer(spec) * dtype.itemsize
+
+
+class PagedCache:
+    """Rows [layers, pages, page_size, width]; with `mtp` its layers come last."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        mtp: bool = False,
+    ) -> None:
+        layers = spec.num_hidden_layers + mtp * spec.num_nextn_predict_layers
+        shape = (layers, num_pages, page_size, kv_elements_per_layer(spec))
+        # Not `empty`: what is masked out is multiplied by 0 still, and must be finite.
+        self.rows = torch.zeros(shape, dtype=dtype, device=device)
+        self.page_size, self.device = page_size, device
+
+    def step(self, runs: Sequence[Run]) -> Step:
+        """What attention needs to know of a step's runs: made once, used by every layer."""
+        size, first = self.page_size, 0
+        slots: list[int] = []
+        spans: list[_Span] = []
+        for run in runs:
+            pages = run.sequence.holding.pages
+            slots += [pages[p // size] * size + p % size for p in range(run.start, run.end)]
+            spans.append(_Span(first, run.start, run.end, pages[: -(-run.end // size)]))
+            first += run.end - run.start
+        few = [span for span in spans if span.count <= FEW]
+        return Step(
+            self,
+            torch.tensor(slots, device=self.device),
+            [(span, self._tensor(span.pages)) for span in spans if span.count > FEW],
+            self._together(few) if few else None,
+        )
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    def _together(self, spans: list[_Span]) -> _Few:
+        count, end = max(s.count for s in spans), max(s.end for s in spans)
+        width = max(len(s.pages) for s in spans)
+        table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in spans])
+        # Queries are padded in front, with repetitions of a run's first: all of them may look somewhere.
+        index = [[s.first + max(0, i - (count - s.count)) for i in range(count)] for s in spans]
+        last = [[s.start + max(0, i - (count - s.count)) for i in range(count)] for s in spans]
+        mask = torch.arange(end) <= torch.tensor(last).unsqueeze(-1)
+        out = [i * count + count - s.count + j for i, s in enumerate(spans) for j in range(s.count)]
+        rows = [s.first + j for s in spans for j in range(s.count)]
+        tensors = (table, torch.tensor(index), mask.unsqueeze(1), torch.tensor(out), torch.tensor(rows))
+        return _Few(*(t.to(self.device) for t in tensors))
+
+
+class _Span(NamedTuple):
+    """A run's place: its first row in the step, and its first position and end in the sequence."""
+
+    first: int
+    start: int
+    end: int
+    pages: list[int]
+
+    @property
+    def count(self) -> int:
+        return self.end - self.start
+
+
+class _Few(NamedTuple):
+    """Runs that attend together: R of them, Q queries each, L positions."""
+
+    table_RP: Tensor  # pages
+    index_RQ: Tensor  # the step's row of each query
+    mask: Tensor  # [R, 1, Q, L], True where it may look
+    out: Tensor  # of the R x Q results those that count
+    rows: Tensor  # and where they go
+
+
+@dataclass(frozen=True)
+class Step:
+    """Attention of one step; `attend` is the models' seam, with q [1, T, H, width] and kv [1, T, width]."""
+
+    cache: PagedCache
+    slots: Tensor
+    long: list[tuple[_Span, Tensor]]
+    few: _Few | None
+
+    def attend(self, attention: Attention, q: Tensor, kv: Tensor) -> Tensor:
+        rows = self.cache.rows[attention.layer]
+        rows.flatten(0, 1)[self.slots] = kv[0]
+        parts: list[tuple[Tensor | slice, Tensor]] = []
+        for span, pages in self.long:
+            seen = rows[pages].flatten(0, 1)[: span.end].unsqueeze(0)
+            part = slice(span.first, span.first + span.count)
+            form = attention.absorbed if attention.prefers_absorbed(span.count) else attention.expanded
+            parts.append((part, form(q[:, part], seen, None)[0]))
+        if self.few is not None:
+            few = self.few
+            seen = rows[few.table_RP].flatten(1, 2)[:, : few.mask.shape[-1]]
+            found = attention.absorbed(q[0][few.index_RQ], seen, few.mask)
+            parts.append((few.rows, found.flatten(0, 1)[few.out]))
+        if len(parts) == 1 and isinstance(parts[0][0], slice):
+            return parts[0][1].unsqueeze(0)
+        out = parts[0][1].new_empty(1, q.shape[1], parts[0][1].shape[-1])
+        for place, values in parts:
+            out[0, place] = values
+        return out
