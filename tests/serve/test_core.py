@@ -119,7 +119,7 @@ def test_tokens_are_those_of_the_model_alone(kind: str, name: str) -> None:
 def test_tokens_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {
         "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15, "eos_token_id": None,
     }  # fmt: skip
     experts: dict[str, Any] = {
         "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
