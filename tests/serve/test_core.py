@@ -12,10 +12,14 @@ import torch
 import transformers
 
 from whalepod.models.transformer import Transformer, init_weights
+from whalepod.parallel.inference import whole
+from whalepod.parallel.mesh import make_mesh
 from whalepod.parallel.weights import build_model
-from whalepod.serve.core import Core, CoreConfig, Job
+from whalepod.serve.core import CoreConfig, Job
+from whalepod.serve.fleet import Fleet
 from whalepod.serve.request import Request, Sampling
 from whalepod.spec.errors import UserError
+from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.presets import load_model_spec
 
@@ -53,6 +57,10 @@ def model_of(kind: str) -> Transformer:
     return model.eval().requires_grad_(False)
 
 
+def fleet(model: Transformer, config: CoreConfig) -> Fleet:
+    return Fleet(whole(model, make_mesh(Layout(), torch.device("cpu"))), config)
+
+
 def alone(model: Transformer, prompt: list[int], count: int) -> list[int]:
     """Greedy, without cache, batch or page."""
     ids = [*prompt]
@@ -73,14 +81,14 @@ def load(seed: int) -> list[tuple[int, list[int], int]]:
     return sorted(out, key=lambda each: each[0])
 
 
-def serve(core: Core, arrivals: list[tuple[int, list[int], int]], **wishes: Any) -> list[Job]:
+def serve(core: Fleet, arrivals: list[tuple[int, list[int], int]], **wishes: Any) -> list[Job]:
     arrivals, jobs, step = [*arrivals], [], 0
     while arrivals or not core.is_idle:
         while arrivals and arrivals[0][0] <= step:
             _, prompt, count = arrivals.pop(0)
             jobs.append(core.add(Request(tuple(prompt), count, **wishes)))
         core.step()
-        core.scheduler.check_integrity()
+        core.check_integrity()
         step += 1
     return jobs
 
@@ -102,7 +110,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tokens_are_those_of_the_model_alone(kind: str, name: str) -> None:
     model, config = model_of(kind), CONFIGS[name]
-    core, arrivals = Core(model, config), load(seed=3)
+    core, arrivals = fleet(model, config), load(seed=3)
     jobs = serve(core, arrivals)
     for (_, prompt, count), job in zip(arrivals, jobs, strict=True):
         assert written(job) == alone(model, prompt, count), (kind, name)
@@ -133,7 +141,7 @@ def test_tokens_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
         else transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
     ).eval()
     theirs.save_pretrained(tmp_path)
-    core = Core(build_model(tmp_path, torch.float32), CoreConfig(40, page_size=4, max_step_tokens=9))
+    core = fleet(build_model(tmp_path, torch.float32), CoreConfig(40, page_size=4, max_step_tokens=9))
     arrivals = [(2 * i, [(7 * i + j) % 64 for j in range(5 + 3 * i)], 30) for i in range(5)]
     for (_, prompt, count), job in zip(arrivals, serve(core, arrivals), strict=True):
         ids = torch.tensor([prompt])
@@ -146,7 +154,7 @@ def test_drafts_save_steps() -> None:
     model = model_of("V3-like")
     steps = {}
     for speculate in (False, True):
-        core = Core(model, CoreConfig(num_pages=50, speculate=speculate))
+        core = fleet(model, CoreConfig(num_pages=50, speculate=speculate))
         (job,) = serve(core, [(0, [1, 2, 3], 200)])
         steps[speculate] = core.stats().steps
         assert written(job) == alone(model, [1, 2, 3], 200)
@@ -159,12 +167,12 @@ def test_draws_depend_on_the_request_alone(speculate: bool) -> None:
     model, arrivals = model_of("V3-like"), load(seed=4)
     sampling = Sampling(temperature=1.0, top_p=0.95, top_k=12, seed=7)
     together = serve(
-        Core(model, CoreConfig(24, page_size=4, max_step_tokens=19, speculate=speculate)),
+        fleet(model, CoreConfig(24, page_size=4, max_step_tokens=19, speculate=speculate)),
         arrivals,
         sampling=sampling,
     )
     for (_, prompt, count), job in zip(arrivals, together, strict=True):
-        (single,) = serve(Core(model, CoreConfig(50)), [(0, prompt, count)], sampling=sampling)
+        (single,) = serve(fleet(model, CoreConfig(50)), [(0, prompt, count)], sampling=sampling)
         assert written(single) == written(job)
     assert any(written(job) != alone(model, p, n) for (_, p, n), job in zip(arrivals, together, strict=True))
 
@@ -175,23 +183,24 @@ def test_ends_at_the_tokens_that_end_it() -> None:
     end = whole[11]
     expected = whole[: whole.index(end) + 1]
     for speculate in (False, True):
-        core = Core(model, CoreConfig(20, speculate=speculate))
+        core = fleet(model, CoreConfig(20, speculate=speculate))
         job = core.add(Request(tuple(prompt), 30), frozenset({end}))
         while not core.is_idle:
             core.step()
         assert (written(job), job.reason) == (expected, "stop")
-        core.scheduler.check_integrity()
-    core = Core(model, CoreConfig(20))
+        core.check_integrity()
+    core = fleet(model, CoreConfig(20))
     job = core.add(Request(tuple(prompt), 30))
     core.step()
     core.end(job, "abort")
+    assert core.step() == []
     assert core.is_idle
     assert core.stats().pages_in_use == 0
 
 
 def test_logprobs_are_the_models_own() -> None:
     model, prompt = model_of("V3-like"), [5, 6, 7]
-    core = Core(model, CoreConfig(20))
+    core = fleet(model, CoreConfig(20))
     job = core.add(Request(tuple(prompt), 4, Sampling(1.5, seed=1, presence_penalty=1.0), logprobs=3))
     picked = []
     while not core.is_idle:
@@ -207,11 +216,11 @@ def test_logprobs_are_the_models_own() -> None:
 
 def test_penalties_change_what_is_written() -> None:
     model, prompt = model_of("dense"), [1, 2, 1, 2, 1, 2]
-    (plain,) = serve(Core(model, CoreConfig(20)), [(0, prompt, 40)])
-    (job,) = serve(Core(model, CoreConfig(20)), [(0, prompt, 40)], sampling=Sampling(frequency_penalty=2.0))
+    (plain,) = serve(fleet(model, CoreConfig(20)), [(0, prompt, 40)])
+    (job,) = serve(fleet(model, CoreConfig(20)), [(0, prompt, 40)], sampling=Sampling(frequency_penalty=2.0))
     assert max(written(job).count(t) for t in range(16)) < max(written(plain).count(t) for t in range(16))
     (first,) = serve(
-        Core(model, CoreConfig(20)), [(0, [3, 3], 1)], sampling=Sampling(repetition_penalty=100.0)
+        fleet(model, CoreConfig(20)), [(0, [3, 3], 1)], sampling=Sampling(repetition_penalty=100.0)
     )
     logits = model(torch.tensor([[3, 3]]))[0, -1]
     logits[3] = logits[3] / 100 if logits[3] > 0 else logits[3] * 100
@@ -219,7 +228,7 @@ def test_penalties_change_what_is_written() -> None:
 
 
 def test_what_cannot_be_done_is_said() -> None:
-    core = Core(model_of("dense"), CoreConfig(num_pages=2, page_size=8))
+    core = fleet(model_of("dense"), CoreConfig(num_pages=2, page_size=8))
     for request, message in [
         (Request((), 1), "empty"),
         (Request((16,), 1), "vocabulary"),

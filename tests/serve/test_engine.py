@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from test_core import fleet
 
 from whalepod.models.transformer import Transformer, init_weights
-from whalepod.serve.core import Core, CoreConfig
+from whalepod.serve.core import CoreConfig
 from whalepod.serve.engine import Engine
 from whalepod.serve.output import Output
 from whalepod.serve.request import Busy, Chunk, Draining, Grammar, Request, Sampling
@@ -54,7 +55,7 @@ def model() -> Transformer:
 
 @pytest.fixture
 def engine(model: Transformer, tokenizer: Tokenizer) -> Iterator[Engine]:
-    engine = Engine(Core(model, CoreConfig(num_pages=64, page_size=16, max_running=4)), tokenizer, 2)
+    engine = Engine(fleet(model, CoreConfig(num_pages=64, page_size=16, max_running=4)), tokenizer, 2)
     yield engine
     engine.close()
 

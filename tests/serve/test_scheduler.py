@@ -180,8 +180,8 @@ def test_long_prompts_do_not_hold_up_those_who_write() -> None:
 def test_what_can_never_fit_is_refused() -> None:
     scheduler = Scheduler(PagePool(4, 4), 2, 8)
     with pytest.raises(UserError, match="17 tokens do not fit the cache of 16"):
-        scheduler.add(sequence([0] * 10, 7))
-    scheduler.add(sequence([0] * 10, 6))
+        scheduler.check(sequence([0] * 10, 7))
+    scheduler.check(sequence([0] * 10, 6))
 
 
 def test_integrity_is_checked() -> None:

@@ -52,6 +52,11 @@ class Attention(nn.Module):
 
     layer: int
 
+    @property
+    def cache_width(self) -> int:
+        """Elements of a token in the cache, as this module's weights make them."""
+        raise AssertionError("abstract")
+
     def expanded(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         raise AssertionError("abstract")
 
@@ -123,6 +128,10 @@ class MLAttention(Attention):
         latent = torch.cat((self.kv_a_layernorm(c), k_rope), dim=-1)
         return self.o_proj(attend(self, q, latent))
 
+    @property
+    def cache_width(self) -> int:
+        return self.config.latent_dim
+
     def expanded(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         a = self.config
         c, k_rope = kv.split((a.kv_lora_rank, a.qk_rope_head_dim), dim=-1)
@@ -187,6 +196,10 @@ class GroupedQueryAttention(Attention):
         q, k = rotate(q, *tables, self.interleaved), rotate(k, *tables, self.interleaved)
         kv = torch.cat((k.flatten(-2), self.v_proj(x_BSD)), dim=-1)
         return self.o_proj(attend(self, q, kv))
+
+    @property
+    def cache_width(self) -> int:
+        return 2 * self.k_proj.weight.shape[0]
 
     def expanded(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         k, v = kv.unflatten(-1, (2, -1, self.config.head_dim)).unbind(-3)

@@ -169,6 +169,22 @@ class Axis:
         device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
         return self.all_reduce(rows.to(device)).tolist()
 
+    def share(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, by rank: for the little that ranks must tell each other between steps."""
+        if self.size == 1:
+            return [data]
+        sizes = [int(row[0]) for row in self.all_gather_floats([len(data)])]
+        longest = max(sizes)
+        if longest == 0:
+            return [b""] * self.size
+        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else mine[:0]
+        out = torch.empty(self.size * longest, dtype=torch.uint8, device=device)
+        self.gather_into(out, mine.to(device))
+        rows = out.cpu().view(self.size, longest).numpy()
+        return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.group)

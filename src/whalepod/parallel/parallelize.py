@@ -233,20 +233,20 @@ def parallelize(
     for part in parts:
         held |= shard_parameters(part, mesh, dtype)
         split_tensors(part, mesh)
-        _spread_experts(part, mesh)
+        spread_experts(part, mesh)
         if layout.precision == "fp8":
             compute_in_fp8(part, fp8 or FP8Config())
         apply_recompute(part, layout.recompute, mesh.traffic)
 
-    def fill(module: nn.Module, path: str) -> None:
+    def filled(module: nn.Module, path: str) -> None:
         if initial is not None:
-            _fill(module, path, held, initial, mesh.device)
+            fill(module, path, held, initial, mesh.device)
 
     if layout.fsdp > 1:
-        state: TrainingState = Sharded(parts, held, mesh, dtype, fill)
+        state: TrainingState = Sharded(parts, held, mesh, dtype, filled)
     else:
         for part in parts:
-            fill(part, "")
+            filled(part, "")
         if layout.pp > 1:
             tie_stages([part for part in parts if isinstance(part, Stage)])
         named = {name: p for part in parts for name, p in part.named_parameters() if p.requires_grad}
@@ -254,7 +254,7 @@ def parallelize(
     return Parallel(parts, state, model.spec, mesh)
 
 
-def _spread_experts(part: nn.Module, mesh: Mesh) -> None:
+def spread_experts(part: nn.Module, mesh: Mesh) -> None:
     dispatcher = make_dispatcher(mesh)
     for module in part.modules():
         if not isinstance(module, MoELayer):
@@ -265,9 +265,7 @@ def _spread_experts(part: nn.Module, mesh: Mesh) -> None:
 
 
 @torch.no_grad()
-def _fill(
-    module: nn.Module, path: str, held: dict[str, Held], initial: Initial, device: torch.device
-) -> None:
+def fill(module: nn.Module, path: str, held: dict[str, Held], initial: Initial, device: torch.device) -> None:
     """Gives what is still on the meta device memory and initial values; what was shared stays shared.
 
     path: of the module within its part, from which parameters have their names.

@@ -1,24 +1,30 @@
-"""The engine below text: token ids in, token ids out, many sequences at once."""
+"""The books of one replica: who asked for what, what goes through the model next, what that means for whom.
+
+No torch and no model: every rank keeps the books of every replica, alike, from the same events and the same
+picked tokens (`fleet.py`).
+"""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
 
-from whalepod.models.transformer import Transformer
 from whalepod.serve.pages import PagePool
-from whalepod.serve.request import FinishReason, Request, Stats
-from whalepod.serve.runner import Mask, Picked, Runner, Wish
-from whalepod.serve.scheduler import Scheduler, Sequence
+from whalepod.serve.picked import Mask, Next, Picked, Wish
+from whalepod.serve.request import FinishReason, Grammar, Request, Stats
+from whalepod.serve.scheduler import Run, Scheduler, Sequence
+from whalepod.spec.model import ModelSpec
 
 PAGE_SIZE = 64  # tokens; FlashMLA's
 
 
 @dataclass(frozen=True)
 class CoreConfig:
-    """num_pages: of `PAGE_SIZE` tokens each. max_running: sequences at once. max_step_tokens: tokens through
-    the model at once, which bounds how long those that write wait for a prompt. speculate: guess tokens with
-    the model's multi-token prediction."""
+    """Of each replica. num_pages: of `page_size` tokens each. max_running: sequences at once.
+    max_step_tokens: tokens through the model at once, which bounds how long those that write wait for a
+    prompt. speculate: guess tokens with the model's multi-token prediction."""
 
     num_pages: int
     max_running: int = 64
@@ -29,24 +35,24 @@ class CoreConfig:
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way. eos: tokens that end it."""
+    """A request on its way. ends: tokens that end it. picked: what the last step brought it."""
 
     request: Request
+    ends: frozenset[int]
     sequence: Sequence
     wish: Wish
-    ends: frozenset[int]
+    number: int = 0
     picked: list[Picked] = field(default_factory=list)
     reason: FinishReason | None = None
 
 
 class Core:
-    """Scheduler and model. `add`, then `step` until `is_idle`."""
+    """Jobs and scheduler of one replica."""
 
-    def __init__(self, model: Transformer, config: CoreConfig) -> None:
-        self.config, self.spec = config, model.spec
+    def __init__(self, spec: ModelSpec, config: CoreConfig) -> None:
+        self.spec = spec
         pool = PagePool(config.num_pages, config.page_size)
         self.scheduler = Scheduler(pool, config.max_running, config.max_step_tokens)
-        self.runner = Runner(model, config.num_pages, config.page_size, config.speculate)
         self._jobs: dict[int, Job] = {}  # by their sequence
         self._prompt_tokens = self._cached_tokens = self._new_tokens = self._finished = self._steps = 0
 
@@ -54,28 +60,35 @@ class Core:
     def is_idle(self) -> bool:
         return self.scheduler.is_idle
 
-    def add(self, request: Request, ends: frozenset[int] = frozenset(), mask: Mask | None = None) -> Job:
+    @property
+    def load(self) -> int:
+        return len(self._jobs)
+
+    def admit(self, request: Request, ends: frozenset[int]) -> Job:
         """Raises UserError for what the model or the cache cannot take."""
         self.spec.check_prompt(list(request.prompt), request.max_new_tokens)
         length = len(request.prompt)
         sequence = Sequence([*request.prompt], length, length + request.max_new_tokens)
-        seed = request.sampling.seed
-        wish = Wish(
-            request.sampling, random.getrandbits(63) if seed is None else seed, request.logprobs, mask
-        )
-        self.scheduler.add(sequence)
-        job = Job(request, sequence, wish, ends | request.stop_ids)
-        self._jobs[id(sequence)] = job
-        return job
+        self.scheduler.check(sequence)
+        if request.sampling.seed is None:
+            sampling = replace(request.sampling, seed=random.getrandbits(63))
+            request = replace(request, sampling=sampling)
+        return Job(request, ends | request.stop_ids, sequence, Wish(request.sampling, request.logprobs))
 
-    def step(self) -> list[Job]:
-        """One pass of the model. Returns the jobs that got tokens or ended, with them in `picked`."""
+    def begin(self, job: Job, make_mask: Callable[[Grammar], Mask]) -> None:
+        """Queues a job."""
+        if job.request.grammar is not None:
+            job.wish = replace(job.wish, mask=make_mask(job.request.grammar))
+        self.scheduler.add(job.sequence)
+        self._jobs[id(job.sequence)] = job
+
+    def schedule(self) -> tuple[list[Run], list[Job]]:
+        """The next step's runs and whose they are."""
         runs = self.scheduler.schedule()
-        if not runs:
-            self.scheduler.check_integrity()
-            return []
-        jobs = [self._jobs[id(run.sequence)] for run in runs]
-        following = self.runner.run(runs, [job.wish for job in jobs])
+        return runs, [self._jobs[id(run.sequence)] for run in runs]
+
+    def apply(self, runs: Seq[Run], jobs: Seq[Job], following: Seq[Next]) -> list[Job]:
+        """What a step brought. Returns the jobs that got tokens, those that ended by them with a `reason`."""
         changed = []
         for run, job, after in zip(runs, jobs, following, strict=True):
             picked = after.picked
@@ -88,26 +101,24 @@ class Core:
                 self._cached_tokens += job.sequence.cached
             self.scheduler.ran(run, [each.token for each in picked], after.drafts)
             self._new_tokens += len(picked)
+            if job.wish.mask is not None:
+                for each in picked:
+                    job.wish.mask.accept(each.token)
             if len(job.sequence.tokens) >= job.sequence.max_tokens and job.reason is None:
                 job.reason = "length"
             if job.reason is not None:
-                self._end(job)
+                self.end(job)
             if picked:
-                job.picked = picked
+                job.picked = [*picked]
                 changed.append(job)
-        self._steps += 1
+        self._steps += bool(runs)
         return changed
 
-    def end(self, job: Job, reason: FinishReason) -> None:
-        """Ends a job from outside: a stop string, a client that is gone."""
-        if job.reason is None:
-            job.reason = reason
-            self._end(job)
-
-    def _end(self, job: Job) -> None:
-        self.scheduler.finish(job.sequence)
-        del self._jobs[id(job.sequence)]
-        self._finished += 1
+    def end(self, job: Job) -> None:
+        """Takes a job out, wherever it stands; nothing if it is out."""
+        if self._jobs.pop(id(job.sequence), None) is not None:
+            self.scheduler.finish(job.sequence)
+            self._finished += 1
 
     def stats(self) -> Stats:
         pool = self.scheduler.pool

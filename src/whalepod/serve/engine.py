@@ -14,14 +14,16 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
-from whalepod.serve.core import Core, Job
-from whalepod.serve.grammar import GrammarMask, Grammars
+from whalepod.serve.core import Job
+from whalepod.serve.fleet import Fleet
+from whalepod.serve.grammar import Grammars
 from whalepod.serve.output import Output
 from whalepod.serve.request import Busy, Chunk, Draining, FinishReason, Request, Stats
 from whalepod.spec.errors import UserError
 from whalepod.text.tokenizer import Tokenizer
 
 Event = Chunk | BaseException
+HEARTBEAT_S = 30.0
 
 
 @dataclass(eq=False)
@@ -31,23 +33,23 @@ class _Stream:
     request: Request
     put: Callable[[Event], None]
     output: Output
-    mask: GrammarMask | None = None
     job: Job | None = None
 
 
 class Engine:
-    """Serves a model (a Core) and its tokenizer. max_waiting: requests that may wait for their turn."""
+    """Serves a model (a Fleet) and its tokenizer. max_waiting: requests that may wait for their turn."""
 
-    def __init__(self, core: Core, tokenizer: Tokenizer, max_waiting: int = 1024) -> None:
-        self._core, self._tokenizer, self._max_waiting = core, tokenizer, max_waiting
-        self._grammars = Grammars(tokenizer, core.spec.vocab_size)
+    def __init__(self, fleet: Fleet, tokenizer: Tokenizer, max_waiting: int = 1024) -> None:
+        self._fleet, self._tokenizer, self._max_waiting = fleet, tokenizer, max_waiting
+        self._grammars = Grammars(tokenizer, fleet.spec.vocab_size)
+        fleet.make_mask = self._grammars.mask
         self._ends = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
         self._wake = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._open: set[_Stream] = set()  # not over, those in the inbox too
         self._by_job: dict[int, _Stream] = {}
         self._draining = self._stopping = False
-        self._stats = core.stats()
+        self._stats = fleet.stats()
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
         self._thread.start()
@@ -66,10 +68,9 @@ class Engine:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        mask = None
         if request.grammar is not None:
-            mask = await asyncio.to_thread(self._grammars.mask, request.grammar)
-        stream = self._submit(request, put, mask)
+            await asyncio.to_thread(self._grammars.mask, request.grammar)
+        stream = self._submit(request, put)
         try:
             while True:
                 event = await queue.get()
@@ -84,8 +85,9 @@ class Engine:
     def stream(self, request: Request) -> Iterator[Chunk]:
         """The same for callers without an event loop."""
         queue: SimpleQueue[Event] = SimpleQueue()
-        mask = None if request.grammar is None else self._grammars.mask(request.grammar)
-        stream = self._submit(request, queue.put, mask)
+        if request.grammar is not None:
+            self._grammars.mask(request.grammar)
+        stream = self._submit(request, queue.put)
         try:
             while True:
                 event = queue.get()
@@ -108,12 +110,13 @@ class Engine:
         streams = []
         for number, request in enumerate(requests):
             texts[number] = ""
-            mask = None if request.grammar is None else self._grammars.mask(request.grammar)
+            if request.grammar is not None:
+                self._grammars.mask(request.grammar)
 
             def put(event: Event, number: int = number) -> None:
                 queue.put((number, event))
 
-            streams.append(self._submit(request, put, mask, limited=False))
+            streams.append(self._submit(request, put, limited=False))
         try:
             while len(reasons) < len(texts):
                 number, event = queue.get()
@@ -149,16 +152,14 @@ class Engine:
 
     # ------------------------------------------------------------------- between the two
 
-    def _submit(
-        self, request: Request, put: Callable[[Event], None], mask: GrammarMask | None, limited: bool = True
-    ) -> _Stream:
-        stream = _Stream(request, put, Output(self._tokenizer, request.stop), mask)
+    def _submit(self, request: Request, put: Callable[[Event], None], limited: bool = True) -> _Stream:
+        stream = _Stream(request, put, Output(self._tokenizer, request.stop))
         with self._wake:
             if self.failure is not None:
                 raise RuntimeError("the engine is broken") from self.failure
             if self._draining:
                 raise Draining("the server is about to end and takes no new requests")
-            waiting = len(self._open) - self._core.config.max_running
+            waiting = len(self._open) - self._fleet.max_running
             if limited and waiting >= self._max_waiting:
                 raise Busy(f"{self._max_waiting} requests wait already: try again later")
             self._open.add(stream)
@@ -179,28 +180,32 @@ class Engine:
         try:
             while True:
                 with self._wake:
-                    self._wake.wait_for(lambda: self._inbox or self._stopping or not self._core.is_idle)
+                    # Not for ever: other ranks wait for the next step, and no collective waits that long.
+                    self._wake.wait_for(
+                        lambda: self._inbox or self._stopping or not self._fleet.is_idle, HEARTBEAT_S
+                    )
                     tasks, stopping = [*self._inbox], self._stopping
                     self._inbox.clear()
                 for task in tasks:
                     task()
                 if stopping:
                     break
-                for job in self._core.step():
+                for job in self._fleet.step():
                     self._tell(self._by_job[id(job)])
-                if self._core.is_idle:
-                    self._core.scheduler.check_integrity()
-                self._stats = self._core.stats()
+                if self._fleet.is_idle:
+                    self._fleet.check_integrity()
+                self._stats = self._fleet.stats()
             for stream in [*self._by_job.values()]:
-                self._core.end(stream.job, "abort")  # type: ignore[arg-type]
+                self._fleet.end(stream.job, "abort")  # type: ignore[arg-type]
                 self._tell(stream)
+            self._fleet.stop()
         except BaseException as error:  # whatever it is, nobody may wait for ever
             self._break(error)
 
     def _begin(self, stream: _Stream) -> None:
         try:
             ends = frozenset() if stream.request.ignore_eos else self._ends
-            stream.job = self._core.add(stream.request, ends, stream.mask)
+            stream.job = self._fleet.add(stream.request, ends)
         except UserError as error:
             self._over(stream)
             stream.put(error)
@@ -210,7 +215,7 @@ class Engine:
     def _abandon(self, stream: _Stream) -> None:
         if stream in self._open:
             if stream.job is not None:
-                self._core.end(stream.job, "abort")
+                self._fleet.end(stream.job, "abort")
             self._over(stream)
 
     def _over(self, stream: _Stream) -> None:
@@ -227,14 +232,8 @@ class Engine:
         picked, job.picked = job.picked, []
         ends_text = job.reason == "stop" and picked and picked[-1].token in job.ends
         text = output.push(each.token for each in (picked[:-1] if ends_text else picked))
-        if stream.mask is not None:
-            for each in picked:
-                stream.mask.accept(each.token)
-            if stream.mask.is_whole:
-                self._core.end(job, "stop")
         if output.stopped:
-            self._core.end(job, "stop")
-            job.reason = "stop"
+            self._fleet.end(job, "stop")
         if job.reason is not None:
             text += output.finish()
             if output.stopped:

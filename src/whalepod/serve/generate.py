@@ -13,12 +13,16 @@ import torch
 
 from whalepod.models.transformer import Transformer
 from whalepod.parallel import trained
+from whalepod.parallel.inference import whole
+from whalepod.parallel.mesh import make_mesh
 from whalepod.parallel.weights import build_model
-from whalepod.serve.core import PAGE_SIZE, Core, CoreConfig
-from whalepod.serve.paged import page_bytes
+from whalepod.serve.core import PAGE_SIZE, CoreConfig
+from whalepod.serve.fleet import Fleet
+from whalepod.serve.paged import token_bytes
 from whalepod.serve.request import Request, Sampling
 from whalepod.spec.counts import weight_bytes
 from whalepod.spec.errors import UserError
+from whalepod.spec.layout import Layout
 from whalepod.spec.model import read_config
 from whalepod.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -79,10 +83,11 @@ def generate_ids(
     """
     model.spec.check_prompt(prompt, max_new_tokens)
     pages = -(-(len(prompt) + max_new_tokens) // PAGE_SIZE)
-    core = Core(model, CoreConfig(pages, max_running=1))
-    job = core.add(Request(tuple(prompt), max_new_tokens, sampling), stop_ids)
-    while not core.is_idle:
-        for _ in core.step():
+    alone = whole(model, make_mesh(Layout(), model.embed_tokens.weight.device))
+    fleet = Fleet(alone, CoreConfig(pages, max_running=1))
+    job = fleet.add(Request(tuple(prompt), max_new_tokens, sampling), stop_ids)
+    while not fleet.is_idle:
+        for _ in fleet.step():
             yield from (each.token for each in job.picked if each.token not in stop_ids)
 
 
@@ -122,5 +127,5 @@ def generate(
         new_tokens=count,
         prefill_tokens_per_s=len(ids) / max(first - start, 1e-9),
         decode_tokens_per_s=max(count - 1, 0) / max(end - first, 1e-9),
-        cache_bytes_per_token=page_bytes(model.spec, 1, model.embed_tokens.weight.dtype),
+        cache_bytes_per_token=token_bytes(model.spec, model.embed_tokens.weight.dtype),
     )

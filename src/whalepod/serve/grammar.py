@@ -36,11 +36,6 @@ class GrammarMask:
         accepted = self._matcher.accept_token(token)
         assert accepted, f"token {token} is not in the grammar"
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing may follow."""
-        return self._matcher.is_terminated()
-
 
 class Grammars:
     """Compiles grammars for one tokenizer, and remembers them. vocab_size: of the model's logits."""

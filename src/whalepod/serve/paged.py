@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from whalepod.models.attention import Attention
+from whalepod.parallel.inference import Inference
 from whalepod.serve.scheduler import Run
 from whalepod.spec.counts import kv_elements_per_layer
 from whalepod.spec.model import ModelSpec
@@ -24,29 +25,26 @@ FEW = 4
 """Tokens of a run up to which it is put together with others."""
 
 
-def page_bytes(spec: ModelSpec, page_size: int, dtype: torch.dtype, mtp: bool = False) -> int:
-    """Of one page in all layers; mtp: in those of multi-token prediction too."""
+def token_bytes(spec: ModelSpec, dtype: torch.dtype, mtp: bool = False) -> int:
+    """Of one token in all layers of a model on one device; mtp: in those of multi-token prediction too."""
     layers = spec.num_hidden_layers + mtp * spec.num_nextn_predict_layers
-    return layers * page_size * kv_elements_per_layer(spec) * dtype.itemsize
+    return layers * kv_elements_per_layer(spec) * dtype.itemsize
 
 
 class PagedCache:
-    """Rows [layers, pages, page_size, width]; with `mtp` its layers come last."""
+    """Rows [pages, page_size, width] of each layer that is here; `mtp`: of those of multi-token prediction
+    too."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        num_pages: int,
-        page_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        mtp: bool = False,
-    ) -> None:
-        layers = spec.num_hidden_layers + mtp * spec.num_nextn_predict_layers
-        shape = (layers, num_pages, page_size, kv_elements_per_layer(spec))
+    def __init__(self, inference: Inference, num_pages: int, page_size: int, mtp: bool) -> None:
+        own = [m for m in inference.layers if mtp or m.layer < inference.spec.num_hidden_layers]
         # Not `empty`: what is masked out is multiplied by 0 still, and must be finite.
-        self.rows = torch.zeros(shape, dtype=dtype, device=device)
-        self.page_size, self.device = page_size, device
+        self.rows = {
+            m.layer: torch.zeros(
+                num_pages, page_size, m.cache_width, dtype=inference.dtype, device=inference.device
+            )
+            for m in own
+        }
+        self.page_size, self.device = page_size, inference.device
 
     def step(self, runs: Sequence[Run]) -> Step:
         """What attention needs to know of a step's runs: made once, used by every layer."""
@@ -61,13 +59,13 @@ class PagedCache:
         few = [span for span in spans if span.count <= FEW]
         return Step(
             self,
-            torch.tensor(slots, device=self.device),
+            self._tensor(slots),
             [(span, self._tensor(span.pages)) for span in spans if span.count > FEW],
             self._together(few) if few else None,
         )
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self.device)
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _together(self, spans: list[_Span]) -> _Few:
         count, end = max(s.count for s in spans), max(s.end for s in spans)
@@ -116,8 +114,8 @@ class Step:
     few: _Few | None
 
     def attend(self, attention: Attention, q: Tensor, kv: Tensor) -> Tensor:
-        rows = self.cache.rows[attention.layer]
-        rows.flatten(0, 1)[self.slots] = kv[0]
+        rows, num_tokens = self.cache.rows[attention.layer], len(self.slots)
+        rows.flatten(0, 1)[self.slots] = kv[0, :num_tokens]
         parts: list[tuple[Tensor | slice, Tensor]] = []
         for span, pages in self.long:
             seen = rows[pages].flatten(0, 1)[: span.end].unsqueeze(0)
@@ -129,9 +127,11 @@ class Step:
             seen = rows[few.table_RP].flatten(1, 2)[:, : few.mask.shape[-1]]
             found = attention.absorbed(q[0][few.index_RQ], seen, few.mask)
             parts.append((few.rows, found.flatten(0, 1)[few.out]))
-        if len(parts) == 1 and isinstance(parts[0][0], slice):
+        if len(parts) == 1 and len(parts[0][1]) == q.shape[1] and isinstance(parts[0][0], slice):
             return parts[0][1].unsqueeze(0)
-        out = parts[0][1].new_empty(1, q.shape[1], parts[0][1].shape[-1])
+        # Zeros: tokens may stand behind the runs that are nobody's and only make parts equal.
+        width: int = attention.o_proj.weight.shape[1]  # type: ignore[union-attr, assignment]
+        out = q.new_zeros(1, q.shape[1], width)
         for place, values in parts:
             out[0, place] = values
         return out

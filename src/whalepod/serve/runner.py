@@ -9,82 +9,38 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from whalepod.models.transformer import Transformer
+from whalepod.parallel.inference import Inference
 from whalepod.serve.paged import PagedCache
-from whalepod.serve.request import Sampling
+from whalepod.serve.picked import Next, Picked, Wish
 from whalepod.serve.sampling import penalized, pick, uniform
 from whalepod.serve.scheduler import Run, Sequence
 
 
-class Mask(Protocol):
-    """A grammar's view of one sequence."""
-
-    def apply(self, logits_V: Tensor) -> None:
-        """Rules out, in place, tokens that may not come next."""
-        ...
-
-
-@dataclass(frozen=True)
-class Wish:
-    """How a sequence's tokens are picked. logprobs: None, or how many alternatives are wanted."""
-
-    sampling: Sampling
-    seed: int
-    logprobs: int | None = None
-    mask: Mask | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether a token's pick depends on the logits alone, so that drafts can be verified at once."""
-        return self.mask is None and not self.sampling.has_penalties
-
-
-@dataclass(frozen=True)
-class Picked:
-    """A token, its logprob if wanted, and the likeliest tokens with theirs."""
-
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Next:
-    """What follows a run: tokens, and a guess of those after them."""
-
-    picked: list[Picked]
-    drafts: tuple[int, ...] = ()
-
-
 class Runner:
-    """A whole model on one device, and its cache. speculate: guess with the model's MTP block, if it has
-    one."""
+    """A model and its cache, on this device or spread. speculate: guess with the MTP block, if it has one."""
 
-    def __init__(self, model: Transformer, num_pages: int, page_size: int, speculate: bool = False) -> None:
-        weight = model.embed_tokens.weight
-        self.model, self.device = model, weight.device
-        self.speculates = speculate and len(model.mtp) > 0
-        self.cache = PagedCache(
-            model.spec, num_pages, page_size, weight.dtype, self.device, mtp=self.speculates
-        )
+    def __init__(self, inference: Inference, num_pages: int, page_size: int, speculate: bool = False) -> None:
+        self.inference = inference
+        self.speculates = speculate and inference.has_mtp
+        self.cache = PagedCache(inference, num_pages, page_size, mtp=self.speculates)
 
     @torch.inference_mode()
     def run(self, runs: Seq[Run], wishes: Seq[Wish]) -> list[Next]:
         """Of each run the tokens that come next: none of one that does not write, several where drafts were
-        right."""
-        tokens = torch.tensor([[t for run in runs for t in run.tokens]], device=self.device)
-        where = [p for run in runs for p in range(run.start, run.end)]
-        positions = torch.tensor(where, device=self.device)
-        hidden = self.model.hidden(tokens, positions, self.cache.step(runs).attend)[0]
+        right. Where other replicas run and this one has nothing to, `runs` may be empty."""
+        tokens = self._tensor([t for run in runs for t in run.tokens] or [0])
+        positions = self._tensor([p for run in runs for p in range(run.start, run.end)] or [0])
+        hidden = self.inference.hidden(tokens, positions, self.cache.step(runs).attend)
         picked = self._pick(hidden, runs, wishes)
         drafts = self._guess(hidden, runs, wishes, picked) if self.speculates else [()] * len(runs)
         return [Next(*pair) for pair in zip(picked, drafts, strict=True)]
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.inference.device)
 
     def _pick(self, hidden_TD: Tensor, runs: Seq[Run], wishes: Seq[Wish]) -> list[list[Picked]]:
         rows: list[int] = []
@@ -99,7 +55,7 @@ class Runner:
         out: list[list[Picked]] = [[] for _ in runs]
         if not rows:
             return out
-        logits = self.model.lm_head(hidden_TD[rows])
+        logits = self.inference.logits(hidden_TD, self._tensor(rows))
         raw = logits
         changed = [i for i, (index, _) in enumerate(owners) if not wishes[index].is_plain]
         if changed:
@@ -109,7 +65,8 @@ class Runner:
                 self._change(logits[i], runs[index].sequence, wishes[index])
         samplings = [wishes[index].sampling for index, _ in owners]
         uniforms = [
-            uniform(wishes[index].seed, runs[index].sequence.num_new + place) for index, place in owners
+            uniform(wishes[index].sampling.seed or 0, runs[index].sequence.num_new + place)
+            for index, place in owners
         ]
         tokens = pick(logits, samplings, uniforms)
         for i, (index, place) in enumerate(owners):
@@ -141,19 +98,22 @@ class Runner:
             tokens = [*run.sequence.tokens, *(p.token for p in found)]
             following += tokens[run.start + 1 : run.start + count + 1]
             first += run.end - run.start
-        block: Any = self.model.mtp[0]
-        positions = torch.tensor([p for run in known for p in range(run.start, run.end)], device=self.device)
-        embedding = self.model.embed_tokens(torch.tensor([following], device=self.device))
-        tables = self.model.tables(embedding, positions)
-        step = self.cache.step(known)
-        h = block(hidden_TD[rows].unsqueeze(0), embedding, tables, step.attend)[0]
+        positions = [p for run in known for p in range(run.start, run.end)]
         ends, end = [], 0
-        writing = [run.writes and wish.is_plain for run, wish in zip(runs, wishes, strict=True)]
         for run in known:
             end += run.count
             ends.append(end - 1)
-        last = [e for e, writes in zip(ends, writing, strict=True) if writes]
-        guesses = iter(self.model.lm_head(h[last]).argmax(-1).tolist() if last else ())
+        writing = [run.writes and wish.is_plain for run, wish in zip(runs, wishes, strict=True)]
+        wanted = [e for e, writes in zip(ends, writing, strict=True) if writes]
+        best = self.inference.guesses(
+            hidden_TD,
+            self._tensor(rows or [0]),
+            self._tensor(following or [0]),
+            self._tensor(positions or [0]),
+            self.cache.step(known).attend,
+            self._tensor(wanted),
+        )
+        guesses = iter(best.tolist())
         return [(next(guesses),) if writes else () for writes in writing]
 
 

@@ -71,7 +71,7 @@ class Scheduler:
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
 
-    def add(self, sequence: Sequence) -> None:
+    def check(self, sequence: Sequence) -> None:
         """Raises UserError for one that could never finish."""
         room = self.pool.num_pages * self.pool.page_size
         if sequence.max_tokens > room:
@@ -79,6 +79,9 @@ class Scheduler:
                 f"prompt and output of {sequence.max_tokens} tokens do not fit the cache of {room}: "
                 "ask for fewer, or serve with a larger cache"
             )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues one that `check` has passed."""
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Run]:
