@@ -51,7 +51,7 @@ def test_ranks_of_a_launcher_have_one_budget(
 ) -> None:
     """What is free changes from rank to rank; what there is does not."""
     memory = {"MemTotal": 16 * 2**30, "MemAvailable": 4 * 2**30}
-    monkeypatch.setattr(auto, "_main_memory", memory.__getitem__)
+    monkeypatch.setattr(auto, "main_memory", memory.__getitem__)
     free = auto._budget_gib(job(run_values, dp_shard=4))
     assert free == pytest.approx((0.9 * 4 / 4 - auto.PROCESS_GIB["cpu"]) / auto.SLACK)
     monkeypatch.setenv("RANK", "1")

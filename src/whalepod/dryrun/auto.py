@@ -28,6 +28,7 @@ from whalepod.parallel.parallelize import seeded
 from whalepod.spec.counts import GIB
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
+from whalepod.spec.machine import main_memory
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.run import RunConfig, load_run
 from whalepod.train.counted import counted
@@ -156,15 +157,8 @@ def _budget_gib(config: RunConfig) -> float:
     else:
         workers = config.with_layout(micro_batch=1, recompute="none").make_layout().num_devices
         here = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
-        total = 0.9 * _main_memory("MemTotal" if launched else "MemAvailable") / GIB / here
+        total = 0.9 * main_memory("MemTotal" if launched else "MemAvailable") / GIB / here
     return max(0.0, (total - PROCESS_GIB[device.type]) / SLACK)
-
-
-def _main_memory(which: str) -> int:
-    """Bytes of this machine's memory; 8 GiB where it does not say."""
-    file = Path("/proc/meminfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(which)), 8 * 2**30)
 
 
 # ----------------------------------------------------------------------------------- dry, then for real

@@ -39,9 +39,11 @@ class _Stream:
 class Engine:
     """Serves a model (a Fleet) and its tokenizer. max_waiting: requests that may wait for their turn."""
 
-    def __init__(self, fleet: Fleet, tokenizer: Tokenizer, max_waiting: int = 1024) -> None:
+    def __init__(
+        self, fleet: Fleet, tokenizer: Tokenizer, max_waiting: int = 1024, grammars: Grammars | None = None
+    ) -> None:
         self._fleet, self._tokenizer, self._max_waiting = fleet, tokenizer, max_waiting
-        self._grammars = Grammars(tokenizer, fleet.spec.vocab_size)
+        self._grammars = grammars or Grammars(tokenizer, fleet.spec.vocab_size)
         fleet.make_mask = self._grammars.mask
         self._ends = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
         self._wake = threading.Condition()

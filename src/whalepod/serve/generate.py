@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from whalepod.serve.request import Request, Sampling
 from whalepod.spec.counts import weight_bytes
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
+from whalepod.spec.machine import main_memory
 from whalepod.spec.model import read_config
 from whalepod.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -55,7 +55,7 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "auto") -> t
     spec = read_config(path)
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        dtype = "bf16" if kind == "cuda" or 4 * weight_bytes(spec) > _free_memory() else "fp32"
+        dtype = "bf16" if kind == "cuda" or 4 * weight_bytes(spec) > main_memory("MemAvailable") else "fp32"
     if trained.is_run(path):
         model = trained.read_model(path, spec).to(kind)
         for parameter in model.parameters():
@@ -63,10 +63,6 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "auto") -> t
     else:
         model = build_model(path, dtype=_DTYPES[dtype], device=kind)
     return model.eval().requires_grad_(False), load_tokenizer(path)
-
-
-def _free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def generate_ids(
