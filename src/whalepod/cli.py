@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +53,19 @@ NicOption = Annotated[float | None, _option("Each GPU's share of the network, on
 MtpOption = Annotated[
     bool | None,
     _option("Train multi-token prediction, or speculate with it; default: train it.", "--mtp/--no-mtp"),
+]
+_LAYOUT = "Over several devices"
+ServeTp = Annotated[int, _option("Ways every matrix and its heads are split; 1.", panel=_LAYOUT)]
+ServePp = Annotated[int, _option("Pipeline stages; 1.", panel=_LAYOUT)]
+ServeDp = Annotated[
+    int, _option("Replicas of the attention, each with requests of its own; 1.", panel=_LAYOUT)
+]
+ServeEp = Annotated[int, _option("Devices that share the experts out, of tp x dp; 1.", panel=_LAYOUT)]
+CacheOption = Annotated[
+    float | None, _option("Of each device; half of what weights leave free.", "--cache-gib")
+]
+SpeculateOption = Annotated[
+    bool, _option("Guess tokens with the model's multi-token prediction.", "--speculate")
 ]
 _TRAIN, _SERVE = "With --for train", "With --for serve"
 SoftwareOption = Annotated[str | None, _option("Stack and release, such as megatron-26.02.", panel=_TRAIN)]
@@ -447,37 +460,93 @@ def schedule(
 @app.command()
 def generate(
     path: Annotated[str, typer.Argument(help="A run's folder or a Hugging Face checkpoint folder.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    prompt: Annotated[str | None, _option("The text to continue.")] = None,
+    batch: Annotated[
+        Path | None, _option('Instead: a .jsonl file of {"prompt": ...} or {"messages": [...]}.')
+    ] = None,
+    out: Annotated[
+        Path | None, _option("Where a batch's texts go, a line of JSON each; the terminal.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this joint probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    tp: ServeTp = 1,
+    pp: ServePp = 1,
+    dp: ServeDp = 1,
+    ep: ServeEp = 1,
+    cache_gib: CacheOption = None,
+    speculate: SpeculateOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Writes text: latent cache, absorbed decode, streamed to the terminal."""
+    """Writes text: one prompt streamed to the terminal, or a file of them all at once."""
     from whalepod.serve import generate as generate_
+    from whalepod.serve.batch import read_lines
     from whalepod.serve.request import Sampling
+    from whalepod.serve.start import EngineConfig, open_engine, serving_layout
 
+    if (prompt is None) == (batch is None):
+        raise UserError("give --prompt, or --batch with a file of them")
     sampling = Sampling(temperature, top_k, top_p, seed)
-    model, tokenizer = generate_.load_model(path, dtype)
+    config = EngineConfig(
+        path, serving_layout(tp, pp, dp, ep), dtype, cache_gib=cache_gib, speculate=speculate
+    )
+    told = make_console(stderr=True)
+    lines = None if batch is None else read_lines(batch)
+    if lines is not None and as_json and out is None:
+        raise UserError("--json prints figures: name a file for the texts with --out")
 
     def show(piece: str) -> None:
         print(piece, end="", flush=True)
 
-    if not as_json:
-        show(prompt)
-    result = generate_.generate(model, tokenizer, prompt, max_new_tokens, sampling, None if as_json else show)
+    with open_engine(config, told.print if batch else lambda _: None) as engine:
+        if engine is None:  # a rank that follows
+            return
+        if lines is not None:
+            _run_batch(engine, config, lines, out, max_new_tokens, sampling, as_json)
+            return
+        assert prompt is not None
+        if not as_json:
+            show(prompt)
+        on_text = None if as_json else show
+        result = generate_.continued(engine, engine.tokenizer, prompt, max_new_tokens, sampling, on_text)
     if as_json:
         print_json(dataclasses.asdict(result))
         return
     print()
-    make_console(stderr=True).print(
+    told.print(
         f"[{result.prompt_tokens} prompt tokens at {result.prefill_tokens_per_s:,.0f}/s, "
         f"{result.new_tokens} new at {result.decode_tokens_per_s:,.0f}/s, "
         f"cache {result.cache_bytes_per_token:,} bytes per token]"
     )
+
+
+def _run_batch(
+    engine: Any,
+    config: Any,
+    lines: Any,
+    out: Path | None,
+    max_new_tokens: int,
+    sampling: Any,
+    as_json: bool,
+) -> None:
+    from whalepod.serve import batch
+
+    with ExitStack() as stack:
+        progress = stack.enter_context(text_progress())
+        try:
+            file = sys.stdout if out is None else stack.enter_context(out.open("w", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror}") from None
+        result = batch.run_batch(
+            engine, engine.tokenizer, config.path, lines, file, max_new_tokens, sampling, progress
+        )
+    if as_json:
+        print_json(dataclasses.asdict(result))
+    else:
+        make_console(stderr=True).print(batch.shown(result, config.layout.num_devices))
 
 
 @app.command()

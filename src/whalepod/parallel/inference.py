@@ -25,6 +25,7 @@ from whalepod.parallel.sharding import Held, shard_parameters
 from whalepod.parallel.stage import Stage, make_stages, tie_stages
 from whalepod.parallel.tensor import split_tensors
 from whalepod.spec.errors import UserError
+from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.schedule import rank_of_stage
 from whalepod.spec.stages import split_stages
@@ -121,17 +122,22 @@ def whole(model: Transformer, mesh: Mesh) -> Inference:
     return Inference([model], model.spec, mesh)
 
 
+def check_serving(spec: ModelSpec, layout: Layout) -> None:
+    """Raises UserError for a layout that serving cannot have, or the model."""
+    if layout.cp > 1:
+        raise UserError(f"layout.cp {layout.cp}: serving cuts no sequences; use tp, pp, or dp_shard with ep")
+    # Micro-batches are training's: as many as fill any schedule.
+    filled = replace(layout, micro_batch=1, global_batch=2 * layout.pp * layout.num_replicas)
+    filled.check_model(spec, layout.tp)
+
+
 def spread(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, initial: Initial) -> Inference:
     """A model with weights of `dtype`, spread by the mesh's layout; `initial` gives this rank's part of each.
 
     Raises UserError for a layout that serving cannot have, or the model.
     """
     layout = mesh.layout
-    if layout.cp > 1:
-        raise UserError(f"layout.cp {layout.cp}: serving cuts no sequences; use tp, pp, or dp_shard with ep")
-    # Micro-batches are training's: as many as fill any schedule.
-    filled = replace(layout, micro_batch=1, global_batch=2 * layout.pp * layout.num_replicas)
-    filled.check_model(spec, layout.tp)
+    check_serving(spec, layout)
     with torch.device("meta"):
         model = Transformer(spec)
     model.eval().requires_grad_(False)

@@ -42,7 +42,7 @@ class Engine:
     def __init__(
         self, fleet: Fleet, tokenizer: Tokenizer, max_waiting: int = 1024, grammars: Grammars | None = None
     ) -> None:
-        self._fleet, self._tokenizer, self._max_waiting = fleet, tokenizer, max_waiting
+        self._fleet, self.tokenizer, self._max_waiting = fleet, tokenizer, max_waiting
         self._grammars = grammars or Grammars(tokenizer, fleet.spec.vocab_size)
         fleet.make_mask = self._grammars.mask
         self._ends = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
@@ -134,6 +134,15 @@ class Engine:
                 self._leave(stream)
         return [(texts[number], reasons[number]) for number in texts]
 
+    def check(self, request: Request) -> None:
+        """Raises UserError for what the model or the cache cannot take."""
+        self._fleet.check(request)
+
+    @property
+    def token_bytes(self) -> float:
+        """Of a token's rows in the caches of this device."""
+        return self._fleet.token_bytes
+
     def stats(self) -> Stats:
         """As of the end of the last step; who waits includes the inbox."""
         stats = self._stats
@@ -155,7 +164,7 @@ class Engine:
     # ------------------------------------------------------------------- between the two
 
     def _submit(self, request: Request, put: Callable[[Event], None], limited: bool = True) -> _Stream:
-        stream = _Stream(request, put, Output(self._tokenizer, request.stop))
+        stream = _Stream(request, put, Output(self.tokenizer, request.stop))
         with self._wake:
             if self.failure is not None:
                 raise RuntimeError("the engine is broken") from self.failure

@@ -53,6 +53,11 @@ class Fleet:
     def max_running(self) -> int:
         return self.config.max_running * len(self.cores)
 
+    @property
+    def token_bytes(self) -> float:
+        """Of a token's rows in the cache of this rank."""
+        return self._runner.cache.token_bytes
+
     def add(self, request: Request, ends: frozenset[int] = frozenset()) -> Job:
         """Queues a request with the replica that has the fewest. Raises UserError for what cannot be done."""
         loads = [core.load for core in self.cores]
@@ -66,6 +71,10 @@ class Fleet:
         self._jobs[job.number] = (self.cores[replica], job)
         self._events.append(["add", job.number, replica, asdict(job.request), sorted(job.ends)])
         return job
+
+    def check(self, request: Request) -> None:
+        """Raises UserError for what the model or the cache cannot take."""
+        self.cores[0].admit(request, frozenset())
 
     def end(self, job: Job, reason: FinishReason) -> None:
         """Ends a job from outside: a stop string, a client that is gone."""

@@ -16,8 +16,8 @@ from whalepod.parallel.inference import whole
 from whalepod.parallel.mesh import make_mesh
 from whalepod.parallel.weights import build_model
 from whalepod.serve.core import PAGE_SIZE, CoreConfig
+from whalepod.serve.engine import Engine
 from whalepod.serve.fleet import Fleet
-from whalepod.serve.paged import token_bytes
 from whalepod.serve.request import Request, Sampling
 from whalepod.spec.counts import weight_bytes
 from whalepod.spec.errors import UserError
@@ -96,26 +96,37 @@ def generate(
     on_text: Callable[[str], Any] | None = None,
 ) -> Generated:
     """Continues `prompt`; `on_text` gets each piece of text as soon as it is whole UTF-8."""
-    ids = tokenizer.encode(prompt)
-    if not ids and tokenizer.bos_id is not None:
-        ids = [tokenizer.bos_id]
-    stop = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
-    decoder = tokenizer.stream()
-    pieces: list[str] = []
+    ids = _ids(tokenizer, prompt)
+    model.spec.check_prompt(ids, max_new_tokens)
+    pages = -(-(len(ids) + max_new_tokens) // PAGE_SIZE)
+    alone = whole(model, make_mesh(Layout(), model.embed_tokens.weight.device))
+    engine = Engine(Fleet(alone, CoreConfig(pages, max_running=1)), tokenizer)
+    try:
+        return continued(engine, tokenizer, prompt, max_new_tokens, sampling, on_text)
+    finally:
+        engine.close()
 
-    def put(piece: str) -> None:
-        pieces.append(piece)
-        if piece and on_text is not None:
-            on_text(piece)
 
+def continued(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    on_text: Callable[[str], Any] | None = None,
+) -> Generated:
+    """The same by an engine that is there."""
+    ids = _ids(tokenizer, prompt)
+    request = Request(tuple(ids), max_new_tokens, sampling or Sampling())
     start = time.perf_counter()
-    first, count = start, 0
-    for token in generate_ids(model, ids, max_new_tokens, sampling or Sampling(), stop):
+    first, pieces, count = start, [], 0
+    for chunk in engine.stream(request):
         if count == 0:
             first = time.perf_counter()
-        count += 1
-        put(decoder.push(token))
-    put(decoder.finish())
+        count = chunk.new_tokens - (chunk.finish_reason == "stop")  # EOS is not written
+        pieces.append(chunk.text)
+        if chunk.text and on_text is not None:
+            on_text(chunk.text)
     end = time.perf_counter()
     return Generated(
         text="".join(pieces),
@@ -123,5 +134,10 @@ def generate(
         new_tokens=count,
         prefill_tokens_per_s=len(ids) / max(first - start, 1e-9),
         decode_tokens_per_s=max(count - 1, 0) / max(end - first, 1e-9),
-        cache_bytes_per_token=token_bytes(model.spec, model.embed_tokens.weight.dtype),
+        cache_bytes_per_token=engine.token_bytes,
     )
+
+
+def _ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    ids = tokenizer.encode(prompt)
+    return [tokenizer.bos_id] if not ids and tokenizer.bos_id is not None else ids

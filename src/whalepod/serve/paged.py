@@ -46,6 +46,10 @@ class PagedCache:
         }
         self.page_size, self.device = page_size, inference.device
 
+    @property
+    def token_bytes(self) -> int:
+        return sum(rows.shape[-1] * rows.element_size() for rows in self.rows.values())
+
     def step(self, runs: Sequence[Run]) -> Step:
         """What attention needs to know of a step's runs: made once, used by every layer."""
         size, first = self.page_size, 0

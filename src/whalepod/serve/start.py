@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from whalepod.parallel import shm, trained
-from whalepod.parallel.inference import Inference, spread, whole
+from whalepod.parallel.inference import Inference, check_serving, spread, whole
 from whalepod.parallel.mesh import Mesh, local_device, open_mesh
 from whalepod.parallel.parallelize import DTYPES, Initial
 from whalepod.parallel.weights_initial import StoredWeights
@@ -74,6 +74,12 @@ class Fit:
             f"{self.free_gib:.1f} GiB free: {self.tokens:,} tokens, as many as {self.tokens // longest:,} "
             f"sequences of {longest:,}"
         )
+
+
+def serving_layout(tp: int = 1, pp: int = 1, dp: int = 1, ep: int = 1) -> Layout:
+    """dp: replicas of the attention; ep: of their tp x dp devices those that share the experts out."""
+    replicate, shard = (1, dp) if ep > 1 else (dp, 1)
+    return Layout(pp=pp, dp_replicate=replicate, dp_shard=shard, tp=tp, ep=ep, global_batch=dp)
 
 
 @contextmanager
@@ -140,7 +146,7 @@ def plan_memory(config: EngineConfig, spec: ModelSpec) -> Fit:
             f"{free / GIB:.1f} GiB that are free: at most {left / GIB:.1f}"
         )
     pages = int(cache / a_token) // PAGE_SIZE
-    if not pages:
+    if pages < 1:
         raise UserError(
             f"a cache of {cache / GIB:.4f} GiB holds no page of {PAGE_SIZE} tokens: make it larger"
         )
@@ -162,6 +168,7 @@ def _spec(config: EngineConfig) -> ModelSpec:
     spec = read_config(path)
     if config.speculate and not spec.num_nextn_predict_layers:
         raise UserError(f"{spec.name} has no multi-token prediction to speculate with")
+    check_serving(spec, config.layout)
     return spec
 
 
