@@ -170,7 +170,7 @@ class Splitter:
             self._trim = not self._text
 
     def _find(self, *marks: str) -> tuple[str, str, str]:
-        """The text before the first of `marks`, that mark, and the text behind; all of it if there is none."""
+        """The text before the first of `marks`, that mark, the text behind; all of it if there is none."""
         found = [(at, mark) for mark in marks if (at := self._text.find(mark)) >= 0]
         if not found:
             return self._text, "", ""
@@ -212,7 +212,7 @@ class ForcedCall:
 
 
 class ChosenCall:
-    """Reads a reply that a grammar made `{"name": ..., "arguments": {...}}`: a call to one of many functions."""
+    """Reads what a grammar made `{"name": ..., "arguments": {...}}`: a call of one of many functions."""
 
     def __init__(self) -> None:
         self._text = ""
