@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,9 +113,9 @@ def test_forced_calls() -> None:
 
 
 PIECES = [
-    "<think>", "</think>", CALLS, CALLS_END, CALL, CALL_END, SEPARATOR, "function", "get", "\n", " ", "```json\n",
-    "\n```", "`", '{"a": "b"}', "{", "}", "<", "<｜", "<｜tool▁", "</", "text", "日本", v3_call("f", "{}"),
-    v31_call("g", '{"x": 1}'), json.dumps({"q": CALL_END}),
+    "<think>", "</think>", CALLS, CALLS_END, CALL, CALL_END, SEPARATOR,
+    "function", "get", "\n", " ", "```json\n", "\n```", "`", '{"a": "b"}', "{", "}", "<", "<｜", "<｜tool▁", "</",
+    "text", "日本", v3_call("f", "{}"), v31_call("g", '{"x": 1}'), json.dumps({"q": CALL_END}),
 ]  # fmt: skip
 
 
@@ -127,17 +128,25 @@ PIECES = [
 def test_any_cutting_gives_the_same(text: str, cuts: list[int], thinking: bool, tools: bool) -> None:
     whole = read(Splitter(thinking, tools), text)
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [text[a:b] for a, b in pairwise(edges)]
     assert read(Splitter(thinking, tools), *pieces) == whole
     assert read(Splitter(thinking, tools), *text) == whole
+
+
+CALLS_OF_ALL_KINDS = st.lists(
+    st.tuples(
+        st.from_regex(r"[a-z_]{1,9}", fullmatch=True),
+        st.dictionaries(st.text(max_size=9), st.text(max_size=9)),
+    )
+)
 
 
 @given(
     thought=st.text(max_size=30).map(str.strip).filter(lambda text: "</think>" not in text),
     content=st.text(max_size=30).map(str.strip).filter(lambda text: "<｜tool" not in text),
-    calls=st.lists(st.tuples(st.from_regex(r"[a-z_]{1,9}", fullmatch=True), st.dictionaries(st.text(max_size=9), st.text(max_size=9)))),
+    calls=CALLS_OF_ALL_KINDS,
     form=st.sampled_from([v3_call, v31_call]),
-)  # fmt: skip
+)
 def test_what_was_written_is_read(thought, content, calls, form) -> None:
     written = [(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in calls]
     text = f"<think>\n{thought}\n</think>\n\n{content}"

@@ -19,6 +19,7 @@ from fastapi import Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from whalepod.serve import metrics as server_metrics
@@ -32,7 +33,7 @@ from whalepod.spec.errors import UserError
 from whalepod.text.chat import ChatTemplate
 from whalepod.text.tokenizer import Tokenizer
 
-FLUSH_S = 5.0  # for the last bytes of answers, once the engine has ended
+FLUSH_S = 5  # for the last bytes of answers, once the engine has ended
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +48,10 @@ def make_app(
     maker = JobMaker(tokenizer, chat, config)
     common = (service, tokenizer, config, gate, metrics)
     chats = Generation(*common, maker.chat, chat=True)
-    app.add_route("/v1/chat/completions", chats, methods=["POST"])
-    app.add_route("/v1/completions", Generation(*common, maker.completion, chat=False), methods=["POST"])
-    app.add_middleware(_Counted, metrics=metrics)
+    texts = Generation(*common, maker.completion, chat=False)
+    app.router.routes.append(Route("/v1/chat/completions", chats, methods=["POST"]))
+    app.router.routes.append(Route("/v1/completions", texts, methods=["POST"]))
+    app.add_middleware(_Counted, metrics=metrics, routes=app.routes)
     app.add_exception_handler(ApiError, _tell)
     app.add_exception_handler(HTTPException, _tell_http)
     app.add_exception_handler(UserError, lambda _, error: _tell(_, chats.known(error)))
@@ -109,40 +111,41 @@ def run_server(
 
     on_start is told the URL, once connections are taken: with port 0 it names the port that was free.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot listen on {host}, port {port}: {reason}") from None
-    shown = f"[{host}]" if family == socket.AF_INET6 else host
-    url = f"http://{shown}:{listener.getsockname()[1]}"
-    settings = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        loop="asyncio",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=app.state.config.max_connections,
-        timeout_graceful_shutdown=round(FLUSH_S),
-    )
-    _Server(settings, app.state.drain, lambda: on_start(url) if on_start else None).run([listener])
+    Server(app, host, port, on_start).run()
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, except that a signal begins a drain: meanwhile /ready says so, and running answers go on."""
+class Server(uvicorn.Server):
+    """uvicorn, except that a signal begins a drain: meanwhile /ready says so, and running answers go on.
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], Any], started: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._drain, self._announce = drain, started
+    It listens once it is made, on `url`; `run` answers.
+    """
+
+    def __init__(
+        self, app: FastAPI, host: str, port: int, on_start: Callable[[str], None] | None = None
+    ) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = _listener(family, host, port)
+        shown = f"[{host}]" if family == socket.AF_INET6 else host
+        self.url = f"http://{shown}:{self._listener.getsockname()[1]}"
+        self._drain, self._on_start = app.state.drain, on_start
         self._told_to_end = False
         self._draining: asyncio.Task[None] | None = None
+        settings = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            loop="asyncio",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=app.state.config.max_connections,
+            timeout_graceful_shutdown=FLUSH_S,
+        )
+        super().__init__(settings)
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        super().run(sockets or [self._listener])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._told_to_end:
@@ -151,7 +154,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._announce()
+        if self._on_start:
+            self._on_start(self.url)
 
     async def on_tick(self, counter: int) -> bool:
         if self._told_to_end and self._draining is None:
@@ -163,11 +167,23 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def _listener(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on {host}, port {port}: {reason}") from None
+    return listener
+
+
 class _Counted:
     """Counts each answer by endpoint and status; one that the client did not wait for is a 499."""
 
-    def __init__(self, app: ASGIApp, metrics: server_metrics.Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: server_metrics.Metrics, routes: list[BaseRoute]) -> None:
+        self._app, self._metrics, self._routes = app, metrics, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -187,9 +203,8 @@ class _Counted:
             status = 500
             raise
         finally:
-            route = scope.get("route")  # its pattern, not the path: a stranger must not make up labels
-            endpoint = getattr(route, "path", "other") if status not in (404, 405) else "other"
-            self._metrics.answered(endpoint, status)
+            known = [path for route in self._routes if (path := getattr(route, "path", "")) == scope["path"]]
+            self._metrics.answered(known[0] if known else "other", status)  # strangers make up no labels
 
 
 def _tell(_: HttpRequest, error: Exception) -> Response:
