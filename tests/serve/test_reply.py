@@ -114,7 +114,8 @@ def test_forced_calls() -> None:
 
 PIECES = [
     "<think>", "</think>", CALLS, CALLS_END, CALL, CALL_END, SEPARATOR,
-    "function", "get", "\n", " ", "```json\n", "\n```", "`", '{"a": "b"}', "{", "}", "<", "<｜", "<｜tool▁", "</",
+    "function", "get", "\n", " ", "```json\n", "\n```", "`",
+    '{"a": "b"}', "{", "}", "<", "<｜", "<｜tool▁", "</",
     "text", "日本", v3_call("f", "{}"), v31_call("g", '{"x": 1}'), json.dumps({"q": CALL_END}),
 ]  # fmt: skip
 

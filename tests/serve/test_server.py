@@ -8,7 +8,7 @@ import json
 import httpx
 import openai
 import pytest
-from fake_service import bad_grammar, calls_v3, deepseek_folder
+from fake_service import bad_grammar, calls_v3
 from server_fixtures import running, wait_for
 
 from whalepod.serve.request import Grammar, Sampling
@@ -21,19 +21,6 @@ TOOLS = [
     {"type": "function", "function": {"name": "now"}},
 ]
 USER = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="session")
-def deepseek(tmp_path_factory, corpus, cache):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WHALEPOD_CACHE", str(cache))
-        return deepseek_folder(tmp_path_factory.mktemp("deepseek"), corpus)
-
-
-@pytest.fixture
-def server(deepseek):
-    with running(*deepseek) as found:
-        yield found
 
 
 @pytest.fixture
