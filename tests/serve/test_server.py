@@ -14,6 +14,7 @@ from server_fixtures import running, wait_for
 from whalepod.serve.request import Grammar, Sampling
 from whalepod.serve.server import ServerConfig
 from whalepod.spec.errors import UserError
+from whalepod.text.chat import ChatTemplate
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TOOLS = [
@@ -130,6 +131,27 @@ def test_forced_tools(server, client) -> None:
     answer = client.chat.completions.create(model="whale", messages=USER, tools=TOOLS, tool_choice="required")
     assert [call.function.name for call in answer.choices[0].message.tool_calls] == ["now"]
     assert '"const": "get_weather"' in server.service.asked[-1].grammar.source
+
+
+@pytest.mark.parametrize("template", ["V3", "V3.1", "none"])
+def test_tools_of_a_template_that_does_not_describe_them(deepseek, tmp_path, template) -> None:
+    call = "function<｜tool▁sep｜>NAME\n```json\n" if template == "V3" else "NAME<｜tool▁sep｜>"
+    writes = "" if template == "none" else f"{{# <｜tool▁call▁begin｜>{call} #}}"
+    source = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + ';' }}{% endfor %}" + writes
+    (tmp_path / "chat_template.jinja").write_text(source)
+    with running(deepseek[0], ChatTemplate(tmp_path)) as server:
+        for messages in (USER, [{"role": "system", "content": "Be kind."}, *USER]):
+            answer = server.post("/v1/chat/completions", {"messages": messages, "tools": TOOLS})
+            if template == "none":
+                assert "knows no tools" in answer.json()["error"]["message"]
+                continue
+            text = prompt_text(server)
+            form = call.replace("NAME", "tool_call_name")
+            assert f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{form}tool_call_arguments" in text
+            assert f"### get_weather\nDescription: Weather\n\nParameters: {json.dumps(SCHEMA)}" in text
+            assert text.endswith("user:Hello;")
+            assert text.count("system:") == 1
+        assert len(server.service.asked) == (0 if template == "none" else 2)
 
 
 def test_structured_output(server, client) -> None:

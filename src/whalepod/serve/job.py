@@ -12,15 +12,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
-from jinja2 import meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from whalepod.serve.api_error import ApiError
 from whalepod.serve.body import parse_json
 from whalepod.serve.config import ServerConfig
 from whalepod.serve.protocol import Asked, ChatAsked, CompletionAsked, validated
 from whalepod.serve.reply import THINK, THOUGHT, ChosenCall, ForcedCall, Reader, Splitter
 from whalepod.serve.request import Grammar, Request
+from whalepod.serve.tools_prompt import ToolsPrompt
 from whalepod.spec.errors import UserError, nearest
 from whalepod.text.chat import ChatTemplate
 from whalepod.text.tokenizer import Tokenizer
@@ -182,9 +180,9 @@ class JobMaker:
                 message["content"] = self._marks.sub(lambda m: m[0] + breaker, message["content"])
         more: dict[str, Any] = dict(asked.chat_template_kwargs or {})
         if asked.offered:
-            if not self._knows_tools:
-                raise UserError("the chat template of this model knows no tools")
-            more["tools"] = [tool.model_dump(exclude_none=True) for tool in asked.offered]
+            tools = [tool.model_dump(exclude_none=True) for tool in asked.offered]
+            messages, offer = self._tools.offer(tools, messages)
+            more |= offer
         try:
             return self._chat.render(messages, prompt=True, **more), breaker
         except UserError:
@@ -199,10 +197,9 @@ class JobMaker:
         return re.compile(f"(?={_any_of(words)})." if words else r"(?!)", re.DOTALL)
 
     @cached_property
-    def _knows_tools(self) -> bool:
+    def _tools(self) -> ToolsPrompt:
         assert self._chat
-        parsed = ImmutableSandboxedEnvironment().parse(self._chat.source)
-        return "tools" in meta.find_undeclared_variables(parsed)
+        return ToolsPrompt(self._chat.source)
 
 
 def _only(grammars: list[Grammar]) -> Grammar | None:
