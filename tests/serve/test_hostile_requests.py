@@ -300,6 +300,24 @@ def test_bodies_that_do_not_arrive(deepseek) -> None:
         assert server.post(json={"prompt": "a"}).status_code == 200
 
 
+def test_connections_that_ask_for_nothing(deepseek) -> None:
+    with running(*deepseek, head_timeout_s=0.3, max_connections=4) as server:
+        silent = [connect(server) for _ in range(4)]
+        refused = server.get("/health")
+        assert refused.status_code == 503
+        silent[0].sendall(b"GET /health HTTP/1.1\r\nA: b\r\n")
+        for connection in silent:
+            assert received(connection) == b""
+            connection.close()
+        assert server.get("/health").status_code == 200
+        server.service.hold.set()  # one that waits for its answer has asked
+        with connect(server) as connection:
+            connection.sendall(request_bytes({"prompt": "a"}))
+            threading.Event().wait(1)
+            server.service.hold.clear()
+            assert b" 200 " in connection.recv(100)
+
+
 def test_an_answer_has_a_time_limit(deepseek) -> None:
     with running(*deepseek, request_timeout_s=0.2) as server:
         server.service.hold.set()

@@ -26,6 +26,7 @@ class ServerConfig:
         max_n: choices for a prompt.
         max_sequences: prompts times choices of a request.
         max_connections: open connections; beyond, 503 before a request is looked at.
+        head_timeout_s: for the head of a request to arrive on an open connection.
         body_timeout_s: for a body to arrive.
         send_timeout_s: for a client to take one event of a stream.
         request_timeout_s: for the whole answer.
@@ -46,6 +47,7 @@ class ServerConfig:
     max_n: int = 16
     max_sequences: int = 128
     max_connections: int = 2048
+    head_timeout_s: float = 15.0
     body_timeout_s: float = 30.0
     send_timeout_s: float = 60.0
     request_timeout_s: float = 3600.0

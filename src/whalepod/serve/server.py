@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from whalepod.serve import metrics as server_metrics
 from whalepod.serve.api_error import ApiError
 from whalepod.serve.config import ServerConfig
+from whalepod.serve.connection import patient_connection
 from whalepod.serve.gate import Gate
 from whalepod.serve.generation import Generation
 from whalepod.serve.job import JobMaker
@@ -132,7 +133,7 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
         settings = uvicorn.Config(
             app,
-            http="h11",
+            http=patient_connection(app.state.config.head_timeout_s),
             ws="none",
             loop="asyncio",
             log_level="warning",
