@@ -12,10 +12,24 @@ from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from server_fixtures import Running, running, wait_for
+
+from whalepod.serve.api_error import ApiError
+from whalepod.serve.job import JobMaker
+from whalepod.serve.server import ServerConfig
+from whalepod.spec.errors import UserError
 
 USER = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
+KEYS = [
+    "messages", "prompt", "role", "content", "type", "text", "name", "function", "parameters", "tools",
+    "tool_choice", "tool_calls", "arguments", "response_format", "json_schema", "schema", "$ref",
+    "pattern", "properties", "n", "stop", "seed", "logprobs", "top_logprobs", "chat_template_kwargs",
+    "guided_regex", "guided_json", "temperature", "structured_outputs", "max_tokens", "top_k",
+    "stop_token_ids", "stream", "stream_options", "model", "thinking",
+]  # fmt: skip
 TOOL = {"type": "function", "function": {"name": "f"}}
 
 
@@ -136,6 +150,27 @@ def test_bad_values(shared, field, value) -> None:
 def test_bad_chats(shared, change) -> None:
     assert error_of(shared.post(CHAT, {"messages": USER, **change}), 400)
     assert not shared.service.asked
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+    | st.sampled_from(["a", "user", "function", "auto", "required", "json_schema", "object", "<think>", "#/x"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | st.text(), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(fields=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4), change=st.booleans())
+def test_any_json_is_a_job_or_a_refusal(deepseek, fields, change) -> None:
+    maker = JobMaker(*deepseek, ServerConfig("whale"))
+    valid = {"messages": USER, "prompt": "a", "tools": [TOOL]}
+    body = json.dumps({**valid, **fields} if change else {**fields, **valid}).encode()
+    for make in (maker.chat, maker.completion):
+        try:
+            assert make(body).requests
+        except (ApiError, UserError) as error:
+            assert str(error)
 
 
 def nested(depth: int) -> dict:

@@ -208,7 +208,7 @@ def test_completions(server, client) -> None:
 def test_extensions(server) -> None:
     extensions = {
         "top_k": -1, "min_p": 0.1, "repetition_penalty": 1.5, "ignore_eos": True, "stop_token_ids": [3],
-        "stop": "x", "presence_penalty": 1, "frequency_penalty": -1, "max_tokens": 9, "user": "me", "other": {},
+        "stop": "x", "presence_penalty": 1, "frequency_penalty": -1, "max_tokens": 9, "user": "me", "odd": {},
     }  # fmt: skip
     assert server.post(json={"prompt": "a", **extensions}).status_code == 200
     asked = server.service.asked[0]
