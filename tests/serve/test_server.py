@@ -175,7 +175,9 @@ def test_choices_differ_by_seed(server, client) -> None:
     answer = client.chat.completions.create(model="whale", messages=USER, n=3, seed=7)
     assert [choice.message.content for choice in answer.choices] == ["seed 7", "seed 8", "seed 9"]
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
-    assert answer.usage.prompt_tokens == len(server.service.asked[0].prompt)
+    prompt = len(server.service.asked[0].prompt)  # which is shared, and so counted once
+    assert answer.usage.prompt_tokens == prompt
+    assert answer.usage.prompt_tokens_details.cached_tokens == prompt // 2
     texts = ["", "", ""]
     for event in client.completions.create(model="whale", prompt="x", n=3, seed=7, stream=True):
         texts[event.choices[0].index] += event.choices[0].text
