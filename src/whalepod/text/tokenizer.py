@@ -73,10 +73,11 @@ class Tokenizer:
         chosen = self.inner if special else self._literal
         return chosen.encode(text_sources.clean(text), add_special_tokens=False).ids
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+    def encode_many(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        """`encode` of each text, on all cores; unlike it, other threads run meanwhile."""
+        chosen = self.inner if special else self._literal
         cleaned = [text_sources.clean(text) for text in texts]
-        encodings = self._literal.encode_batch_fast(cleaned, add_special_tokens=False)
+        encodings = chosen.encode_batch_fast(cleaned, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
