@@ -52,6 +52,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_model() -> dict[str, Any]:
+    return dict(SMALL_MODEL)
+
+
 @pytest.fixture
 def run_values(tmp_path: Path, corpus: Path) -> dict[str, Any]:
     """Values of a run.yaml that trains in a second; tests change what they are about."""

@@ -523,6 +523,48 @@ def generate(
     )
 
 
+@app.command()
+def serve(
+    path: Annotated[str, typer.Argument(help="A run's folder or a Hugging Face checkpoint folder.")],
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is the whole network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes one that is free.", min=0, max=65535)] = 8000,
+    model_name: Annotated[str | None, _option("What clients call the model; the folder's name.")] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Clients must send one of these.", envvar="WHALEPOD_API_KEY", show_default=False),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    tp: ServeTp = 1,
+    pp: ServePp = 1,
+    dp: ServeDp = 1,
+    ep: ServeEp = 1,
+    cache_gib: CacheOption = None,
+    speculate: SpeculateOption = False,
+    max_running: Annotated[int, typer.Option(help="Sequences at once, of each replica.", min=1)] = 64,
+    max_step_tokens: Annotated[
+        int, typer.Option(help="Tokens through the model at once; fewer: steadier streams.", min=1)
+    ] = 512,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait; beyond, 429.", min=0)] = 256,
+    drain_s: Annotated[float, typer.Option(help="On SIGTERM, for what runs to finish.", min=0)] = 30.0,
+) -> None:
+    """Serves an OpenAI-compatible API, metrics at /metrics and a page to chat on."""
+    from whalepod.serve.http.open import ServerOptions, serve_forever
+    from whalepod.serve.start import EngineConfig, serving_layout
+
+    engine = EngineConfig(
+        path,
+        serving_layout(tp, pp, dp, ep),
+        dtype,
+        cache_gib=cache_gib,
+        max_running=max_running,
+        max_step_tokens=max_step_tokens,
+        max_waiting=max_queue,
+        speculate=speculate,
+    )
+    options = ServerOptions(host, port, model_name, tuple(api_key or ()), drain_s)
+    serve_forever(engine, options, make_console(stderr=True).print)
+
+
 def _run_batch(
     engine: Any,
     config: Any,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fake_service import deepseek_folder
+from learnt import learn
 from server_fixtures import running
 
 
@@ -18,3 +19,11 @@ def deepseek(tmp_path_factory, corpus, cache):
 def server(deepseek):
     with running(*deepseek) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def learnt(tmp_path_factory, corpus, cache, small_model):
+    """A folder with the `run` of a small model and the `hf` that it was exported to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WHALEPOD_CACHE", str(cache))
+        return learn(tmp_path_factory.mktemp("learnt"), corpus, small_model)

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 from fake_service import FakeService
 
-from whalepod.serve.server import Server, ServerConfig, make_app
+from whalepod.serve.http.server import Server, ServerConfig, make_app
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_start import PROMPTS, run  # noqa: F401
+from learnt import PROMPTS
 
 from whalepod.cli import main
 from whalepod.serve.generate import generate, load_model
@@ -20,13 +20,13 @@ def asked(capsys: pytest.CaptureFixture[str], *command: str) -> tuple[int, str, 
     return code, found.out, found.err
 
 
-def test_a_file_of_prompts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
-    model, tokenizer = load_model(run / "hf", "fp32")
+def test_a_file_of_prompts(learnt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = load_model(learnt / "hf", "fp32")
     source = tmp_path / "prompts.jsonl"
     lines: list[dict[str, Any]] = [{"prompt": text, "id": i} for i, text in enumerate(PROMPTS)]
     lines[1]["max_tokens"] = 3
     source.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    common = (str(run / "hf"), "--batch", str(source), "--max-new-tokens", "9", "--dtype", "fp32")
+    common = (str(learnt / "hf"), "--batch", str(source), "--max-new-tokens", "9", "--dtype", "fp32")
     code, out, err = asked(capsys, *common)
     assert code == 0
     found = [json.loads(line) for line in out.splitlines()]
@@ -40,14 +40,14 @@ def test_a_file_of_prompts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads(out)["new_tokens"] == 9 * 3 + 3
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == found
     code, out, _ = asked(
-        capsys, str(run / "hf"), "--prompt", PROMPTS[0], "--max-new-tokens", "9", "--speculate"
+        capsys, str(learnt / "hf"), "--prompt", PROMPTS[0], "--max-new-tokens", "9", "--speculate"
     )
     assert (code, out) == (0, PROMPTS[0] + found[0]["text"] + "\n")
 
 
-def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_bad_input_is_one_line(learnt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "prompts.jsonl"
-    folder = str(run / "hf")
+    folder = str(learnt / "hf")
     for text, message in [
         ("", "no prompt"),
         ('{"prompt": 3}', "line 1: expected"),

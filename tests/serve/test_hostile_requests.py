@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server_fixtures import Running, running, wait_for
 
-from whalepod.serve.api_error import ApiError
-from whalepod.serve.job import JobMaker
-from whalepod.serve.server import ServerConfig
+from whalepod.serve.http.api_error import ApiError
+from whalepod.serve.http.job import JobMaker
+from whalepod.serve.http.server import ServerConfig
 from whalepod.spec.errors import UserError
 
 USER = [{"role": "user", "content": "Hello"}]
@@ -403,7 +403,7 @@ PROGRAM = """
 import sys
 sys.path.insert(0, {folder!r})
 from fake_service import FakeService
-from whalepod.serve.server import ServerConfig, make_app, run_server
+from whalepod.serve.http.server import ServerConfig, make_app, run_server
 from whalepod.text.tokenizer import load_tokenizer
 tokenizer = load_tokenizer({tokenizer!r})
 service = FakeService(tokenizer)

@@ -11,8 +11,8 @@ import pytest
 from fake_service import bad_grammar, calls_v3
 from server_fixtures import running, wait_for
 
+from whalepod.serve.http.server import ServerConfig
 from whalepod.serve.request import Grammar, Sampling
-from whalepod.serve.server import ServerConfig
 from whalepod.spec.errors import UserError
 from whalepod.text.chat import ChatTemplate
 
@@ -381,7 +381,7 @@ def test_bad_configurations() -> None:
 
 
 def test_the_address_is_taken(server, deepseek) -> None:
-    from whalepod.serve.server import make_app, run_server
+    from whalepod.serve.http.server import make_app, run_server
 
     app = make_app(server.service, *deepseek, ServerConfig("whale"))
     port = httpx.URL(server.url).port

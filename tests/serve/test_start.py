@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from learnt import PROMPTS
 
-from whalepod.parallel.export import export
 from whalepod.serve.generate import generate, load_model
 from whalepod.serve.request import Request, Sampling
 from whalepod.serve.start import EngineConfig, open_engine, plan_memory
@@ -17,29 +16,6 @@ from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import read_config
 from whalepod.spec.presets import load_model_spec
-from whalepod.spec.run import make_run
-from whalepod.train.start import train
-
-PROMPTS = ("def function_1_1(", "class ", "return value", "def function_3_7(value, other=7):\n    return")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    folder = tmp_path_factory.mktemp("served")
-    from conftest import SMALL_MODEL
-
-    values: dict[str, Any] = {
-        "model": dict(SMALL_MODEL),
-        "layout": {"micro_batch": 2, "global_batch": 4, "precision": "fp32"},
-        "data": {"source": str(corpus), "sequence_length": 32},
-        "optimizer": {"learning_rate": 1e-2},
-        "train": {"steps": 30, "evaluate_every": 0, "checkpoint_every": 0},
-        "device": "cpu",
-        "out": str(folder / "run"),
-    }
-    train(make_run(values), quiet=True)
-    export(folder / "run", folder / "hf", "fp32")
-    return folder
 
 
 @pytest.mark.slow
@@ -53,11 +29,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     ],
     ids=["one device", "tp", "ep", "pp"],
 )
-def test_local_workers_write_what_one_device_writes(run: Path, folder: str, layout: Layout) -> None:
-    model, tokenizer = load_model(run / "hf", "fp32")
+def test_local_workers_write_what_one_device_writes(learnt: Path, folder: str, layout: Layout) -> None:
+    model, tokenizer = load_model(learnt / "hf", "fp32")
     expected = [generate(model, tokenizer, text, 12).text for text in PROMPTS]
     said: list[str] = []
-    config = EngineConfig(str(run / folder), layout, "fp32", "cpu", cache_gib=0.01, speculate=True)
+    config = EngineConfig(str(learnt / folder), layout, "fp32", "cpu", cache_gib=0.01, speculate=True)
     with open_engine(config, said.append) as engine:
         assert engine is not None
         requests = [Request(tuple(tokenizer.encode(text)), 12) for text in PROMPTS]
@@ -100,10 +76,10 @@ def test_says_what_does_not_fit(tmp_path: Path) -> None:
             pass
 
 
-def test_speculation_needs_a_block_for_it(run: Path, tmp_path: Path) -> None:
-    spec = read_config(run / "hf")
+def test_speculation_needs_a_block_for_it(learnt: Path, tmp_path: Path) -> None:
+    spec = read_config(learnt / "hf")
     assert spec.num_nextn_predict_layers == 1
-    config = (run / "hf" / "config.json").read_text()
+    config = (learnt / "hf" / "config.json").read_text()
     (tmp_path / "config.json").write_text(
         config.replace('"num_nextn_predict_layers": 1', '"num_nextn_predict_layers": 0')
     )

@@ -20,6 +20,7 @@ from whalepod.serve.grammar import Grammars
 from whalepod.serve.output import Output
 from whalepod.serve.request import Busy, Chunk, Draining, FinishReason, Request, Stats
 from whalepod.spec.errors import UserError
+from whalepod.spec.model import ModelSpec
 from whalepod.text.tokenizer import Tokenizer
 
 Event = Chunk | BaseException
@@ -133,6 +134,19 @@ class Engine:
             for stream in streams:
                 self._leave(stream)
         return [(texts[number], reasons[number]) for number in texts]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._fleet.spec
+
+    @property
+    def max_tokens(self) -> int:
+        """That the cache holds of one sequence."""
+        return self._fleet.config.num_pages * self._fleet.config.page_size
+
+    @property
+    def max_running(self) -> int:
+        return self._fleet.max_running
 
     def check(self, request: Request) -> None:
         """Raises UserError for what the model or the cache cannot take."""

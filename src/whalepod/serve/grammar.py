@@ -15,6 +15,7 @@ from whalepod.serve.request import Grammar
 from whalepod.spec.errors import UserError
 from whalepod.text.tokenizer import Tokenizer
 
+MAX_BLANKS = 16  # in a row, between the parts of JSON: a small model may write nothing else
 CACHE_BYTES = 256 << 20  # of compiled grammars
 
 
@@ -54,10 +55,9 @@ class Grammars:
             try:
                 if grammar.kind == "regex":
                     compiled = compiler.compile_regex(grammar.source)
-                elif grammar.kind == "json_schema":
-                    compiled = compiler.compile_json_schema(grammar.source)
                 else:
-                    compiled = compiler.compile_json_schema('{"type": "object"}')
+                    schema = grammar.source if grammar.kind == "json_schema" else '{"type": "object"}'
+                    compiled = compiler.compile_json_schema(schema, max_whitespace_cnt=MAX_BLANKS)
                 matcher = xgrammar.GrammarMatcher(compiled)
             except Exception as error:  # the library has no common class for them
                 line = (str(error).splitlines() or [type(error).__name__])[0]

@@ -10,9 +10,9 @@ import uuid
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from whalepod.serve.api_error import ApiError
-from whalepod.serve.job import Job
-from whalepod.serve.reply import Part, Reader
+from whalepod.serve.http.api_error import ApiError
+from whalepod.serve.http.job import Job
+from whalepod.serve.http.reply import Part, Reader
 from whalepod.serve.request import Chunk, TokenInfo
 from whalepod.text.tokenizer import BYTE_OF_CHARACTER, Tokenizer
 

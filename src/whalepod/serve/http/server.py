@@ -22,13 +22,13 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from whalepod.serve import metrics as server_metrics
-from whalepod.serve.api_error import ApiError
-from whalepod.serve.config import ServerConfig
-from whalepod.serve.connection import patient_connection
-from whalepod.serve.gate import Gate
-from whalepod.serve.generation import Generation
-from whalepod.serve.job import JobMaker
+from whalepod.serve.http import metrics as server_metrics
+from whalepod.serve.http.api_error import ApiError
+from whalepod.serve.http.config import ServerConfig
+from whalepod.serve.http.connection import patient_connection
+from whalepod.serve.http.gate import Gate
+from whalepod.serve.http.generation import Generation
+from whalepod.serve.http.job import JobMaker
 from whalepod.serve.request import Service
 from whalepod.spec.errors import UserError
 from whalepod.text.chat import ChatTemplate
@@ -135,6 +135,7 @@ class Server(uvicorn.Server):
             app,
             http=patient_connection(app.state.config.head_timeout_s),
             ws="none",
+            lifespan="off",
             loop="asyncio",
             log_level="warning",
             access_log=False,
@@ -220,7 +221,7 @@ def _tell_http(_: HttpRequest, error: Exception) -> Response:
 
 def _page() -> tuple[str, dict[str, str]]:
     """The chat page, and headers that let it run its own script and nothing else."""
-    page = importlib.resources.files("whalepod.serve").joinpath("page.html").read_text("utf-8")
+    page = importlib.resources.files("whalepod.serve.http").joinpath("page.html").read_text("utf-8")
     hashes = {
         kind: base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
         for kind in ("script", "style")

@@ -20,13 +20,13 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from whalepod.serve.answers import Answer
-from whalepod.serve.api_error import ApiError
-from whalepod.serve.body import read_body
-from whalepod.serve.config import ServerConfig
-from whalepod.serve.gate import Gate
-from whalepod.serve.job import Job
-from whalepod.serve.metrics import Metrics
+from whalepod.serve.http.answers import Answer
+from whalepod.serve.http.api_error import ApiError
+from whalepod.serve.http.body import read_body
+from whalepod.serve.http.config import ServerConfig
+from whalepod.serve.http.gate import Gate
+from whalepod.serve.http.job import Job
+from whalepod.serve.http.metrics import Metrics
 from whalepod.serve.request import Busy, Chunk, Draining, Service
 from whalepod.spec.errors import UserError
 from whalepod.text.tokenizer import Tokenizer

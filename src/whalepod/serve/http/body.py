@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from fastapi import Request as HttpRequest
 
-from whalepod.serve.api_error import ApiError
+from whalepod.serve.http.api_error import ApiError
 
 MAX_DEPTH = 64
 MAX_DIGITS = 40

@@ -19,9 +19,9 @@ from pydantic import (
     model_validator,
 )
 
-from whalepod.serve.api_error import ApiError
+from whalepod.serve.http.api_error import ApiError
+from whalepod.serve.http.schema import call_schema, regex_grammar, schema_grammar
 from whalepod.serve.request import MAX_LOGPROBS, Grammar, Sampling
-from whalepod.serve.schema import call_schema, regex_grammar, schema_grammar
 from whalepod.spec.errors import UserError
 
 MAX_STOPS = 16

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
-from whalepod.serve.api_error import ApiError
-from whalepod.serve.body import parse_json
-from whalepod.serve.config import ServerConfig
-from whalepod.serve.protocol import Asked, ChatAsked, CompletionAsked, validated
-from whalepod.serve.reply import THINK, THOUGHT, ChosenCall, ForcedCall, Reader, Splitter
+from whalepod.serve.http.api_error import ApiError
+from whalepod.serve.http.body import parse_json
+from whalepod.serve.http.config import ServerConfig
+from whalepod.serve.http.protocol import Asked, ChatAsked, CompletionAsked, validated
+from whalepod.serve.http.reply import THINK, THOUGHT, ChosenCall, ForcedCall, Reader, Splitter
+from whalepod.serve.http.tools_prompt import ToolsPrompt
 from whalepod.serve.request import Grammar, Request
-from whalepod.serve.tools_prompt import ToolsPrompt
 from whalepod.spec.errors import UserError, nearest
 from whalepod.text.chat import ChatTemplate
 from whalepod.text.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from whalepod.serve.reply import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR
+from whalepod.serve.http.reply import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR
 from whalepod.spec.errors import UserError
 
 Messages = list[dict[str, Any]]

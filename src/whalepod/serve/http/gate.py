@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 from fastapi import Request as HttpRequest
 
-from whalepod.serve.api_error import ApiError
-from whalepod.serve.config import ServerConfig
-from whalepod.serve.metrics import Metrics
+from whalepod.serve.http.api_error import ApiError
+from whalepod.serve.http.config import ServerConfig
+from whalepod.serve.http.metrics import Metrics
 from whalepod.serve.request import Service
 
 

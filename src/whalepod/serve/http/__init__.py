@@ -1,0 +1,1 @@
+"""The HTTP server: an OpenAI-compatible API before an engine (`request.Service`)."""
