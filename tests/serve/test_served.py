@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,10 +63,12 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def chatty(learnt: Path) -> Path:
-    (learnt / "hf" / "chat_template.jinja").write_text(TEMPLATE)
-    (learnt / "hf" / "generation_config.json").write_text('{"temperature": 0.0}')
-    return learnt / "hf"
+def chatty(learnt: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chatty") / "hf"
+    shutil.copytree(learnt / "hf", folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "generation_config.json").write_text('{"temperature": 0.0}')
+    return folder
 
 
 @pytest.fixture(scope="module", params=["one device", "dp 2 ep 2"])
