@@ -57,6 +57,11 @@ class Attention(nn.Module):
         """Elements of a token in the cache, as this module's weights make them."""
         raise AssertionError("abstract")
 
+    @property
+    def value_width(self) -> int:
+        """Of a head's result."""
+        raise AssertionError("abstract")
+
     def expanded(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         raise AssertionError("abstract")
 
@@ -113,6 +118,7 @@ class MLAttention(Attention):
         self.kv_a_layernorm = nn.RMSNorm(a.kv_lora_rank, eps=spec.rms_norm_eps)
         self.kv_b_proj = nn.Linear(a.kv_lora_rank, heads * (a.qk_nope_head_dim + a.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * a.v_head_dim, hidden, bias=False)
+        self._split: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x_BSD: Tensor, tables: Tables, attend: Attend = causal) -> Tensor:
         a = self.config
@@ -131,6 +137,26 @@ class MLAttention(Attention):
     @property
     def cache_width(self) -> int:
         return self.config.latent_dim
+
+    @property
+    def value_width(self) -> int:
+        return self.config.v_head_dim
+
+    def up_projection(self) -> tuple[Tensor, Tensor]:
+        """W_UK [H, N, C] and W_UV transposed [H, C, V], views of kv_b_proj's weight, or its copies if
+        `split_up_projection` has made them."""
+        if self._split is not None:
+            return self._split
+        a = self.config
+        w_HXC = self.kv_b_proj.weight.unflatten(0, (-1, a.qk_nope_head_dim + a.v_head_dim))
+        w_uk, w_uv = w_HXC.split((a.qk_nope_head_dim, a.v_head_dim), dim=1)
+        return w_uk, w_uv.transpose(1, 2)
+
+    def split_up_projection(self) -> None:
+        """Keeps both as matrices of their own, which absorbed attention reads at every token: for weights
+        that no longer change."""
+        w_uk, w_uv = self.up_projection()
+        self._split = (w_uk.detach().contiguous(), w_uv.detach().contiguous())
 
     def expanded(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         a = self.config
@@ -153,8 +179,7 @@ class MLAttention(Attention):
 
     def absorbed(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         a = self.config
-        w_HXC = self.kv_b_proj.weight.unflatten(0, (-1, a.qk_nope_head_dim + a.v_head_dim))
-        w_uk, w_uv = w_HXC.split((a.qk_nope_head_dim, a.v_head_dim), dim=1)
+        w_uk, w_uv = self.up_projection()
         q_nope, q_rope = q.split((a.qk_nope_head_dim, a.qk_rope_head_dim), dim=-1)
         q = torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, w_uk), q_rope), dim=-1)
         num_queries, heads = q.shape[1:3]
@@ -165,8 +190,9 @@ class MLAttention(Attention):
             mask = causal_mask(num_queries, kv.shape[1], q.device)
         allowed = mask[None, :, None] if mask.dim() == 2 else mask.transpose(1, 2)
         weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1).to(q.dtype)
-        out = torch.bmm(weights.flatten(1, 2), kv[..., : a.kv_lora_rank])
-        return torch.einsum("bshc,hvc->bshv", out.unflatten(1, (num_queries, heads)), w_uv).flatten(-2)
+        # Over the rotary keys as well: to leave them out first would copy all the rest.
+        out = torch.bmm(weights.flatten(1, 2), kv)[..., : a.kv_lora_rank]
+        return torch.einsum("bshc,hcv->bshv", out.unflatten(1, (num_queries, heads)), w_uv).flatten(-2)
 
 
 class GroupedQueryAttention(Attention):
@@ -200,6 +226,10 @@ class GroupedQueryAttention(Attention):
     @property
     def cache_width(self) -> int:
         return 2 * self.k_proj.weight.shape[0]
+
+    @property
+    def value_width(self) -> int:
+        return self.config.head_dim
 
     def expanded(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         k, v = kv.unflatten(-1, (2, -1, self.config.head_dim)).unbind(-3)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from whalepod.models.attention import Attend, Attention
@@ -81,7 +80,7 @@ class Inference:
         """Of some rows of the hidden states, [N, V], on every rank of the replica."""
         pp, tp = self.mesh["pp"], self.mesh["tp"]
         if self.is_last:
-            logits = tp.gather(F.linear(hidden_TD[rows], self._last.lm_head.weight), -1)
+            logits = tp.gather(self._head(hidden_TD[rows]), -1)
         else:
             logits = torch.empty(len(rows), self.spec.vocab_size, dtype=self.dtype, device=self.device)
         return pp.broadcast(logits.contiguous(), self._owners[-1])
@@ -105,11 +104,16 @@ class Inference:
             embedding = self._last.embed_tokens(following.unsqueeze(0))
             tables = self._last.tables(following.unsqueeze(0), positions)
             h = tp.gather(block(part, embedding, tables, attend), 1)[0]
-            logits = tp.gather(F.linear(h[wanted], self._last.lm_head.weight), -1)
+            logits = tp.gather(self._head(h[wanted]), -1)
             best = logits.argmax(-1) if len(wanted) else wanted.clone()
         else:
             best = torch.empty_like(wanted)
         return pp.broadcast(best, self._owners[-1])
+
+    def _head(self, h_ND: Tensor) -> Tensor:
+        """Logits of this rank's part of the vocabulary: the layer without the moves of `tp` around it."""
+        head = self._last.lm_head
+        return type(head).forward(head, h_ND)
 
     def _padded(self, tensor: Tensor) -> Tensor:
         """With zeros behind it, so that `tp` ranks have equal parts."""

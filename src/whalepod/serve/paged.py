@@ -72,13 +72,13 @@ class PagedCache:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _together(self, spans: list[_Span]) -> _Few:
-        count, end = max(s.count for s in spans), max(s.end for s in spans)
-        width = max(len(s.pages) for s in spans)
+        count, width = max(s.count for s in spans), max(len(s.pages) for s in spans)
         table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in spans])
         # Queries are padded in front, with repetitions of a run's first: all of them may look somewhere.
         index = [[s.first + max(0, i - (count - s.count)) for i in range(count)] for s in spans]
         last = [[s.start + max(0, i - (count - s.count)) for i in range(count)] for s in spans]
-        mask = torch.arange(end) <= torch.tensor(last).unsqueeze(-1)
+        # To the end of the last page: a part of it would have to be copied.
+        mask = torch.arange(width * self.page_size) <= torch.tensor(last).unsqueeze(-1)
         out = [i * count + count - s.count + j for i, s in enumerate(spans) for j in range(s.count)]
         rows = [s.first + j for s in spans for j in range(s.count)]
         tensors = (table, torch.tensor(index), mask.unsqueeze(1), torch.tensor(out), torch.tensor(rows))
@@ -128,14 +128,13 @@ class Step:
             parts.append((part, form(q[:, part], seen, None)[0]))
         if self.few is not None:
             few = self.few
-            seen = rows[few.table_RP].flatten(1, 2)[:, : few.mask.shape[-1]]
+            seen = rows[few.table_RP].flatten(1, 2)
             found = attention.absorbed(q[0][few.index_RQ], seen, few.mask)
             parts.append((few.rows, found.flatten(0, 1)[few.out]))
         if len(parts) == 1 and len(parts[0][1]) == q.shape[1] and isinstance(parts[0][0], slice):
             return parts[0][1].unsqueeze(0)
         # Zeros: tokens may stand behind the runs that are nobody's and only make parts equal.
-        width: int = attention.o_proj.weight.shape[1]  # type: ignore[union-attr, assignment]
-        out = q.new_zeros(1, q.shape[1], width)
+        out = q.new_zeros(1, q.shape[1], q.shape[2] * attention.value_width)
         for place, values in parts:
             out[0, place] = values
         return out

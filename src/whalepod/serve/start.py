@@ -22,6 +22,7 @@ from whalepod.parallel.inference import Inference, check_serving, spread, whole
 from whalepod.parallel.mesh import Mesh, local_device, open_mesh
 from whalepod.parallel.parallelize import DTYPES, Initial
 from whalepod.parallel.weights_initial import StoredWeights
+from whalepod.precision.packed import pack, packs_here
 from whalepod.serve.core import PAGE_SIZE, CoreConfig
 from whalepod.serve.engine import Engine
 from whalepod.serve.fleet import Fleet
@@ -41,9 +42,10 @@ Say = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """path: a run's folder or a Hugging Face folder. dtype: `auto` (BF16; FP32 on a CPU with room), `bf16` or
-    `fp32`. cache_gib: of each device; None is half of what is free beside the weights, or less if that holds
-    `max_running` of the longest sequences. max_waiting: requests beyond those that run."""
+    """path: a run's folder or a Hugging Face folder. dtype: `auto` (BF16; FP32 on a CPU that has no BF16, if
+    there is room), `bf16` or `fp32`. cache_gib: of each device; None is half of what is free beside the
+    weights, or less if that holds `max_running` of the longest sequences. max_waiting: requests beyond those
+    that run."""
 
     path: str
     layout: Layout = field(default_factory=Layout)
@@ -177,15 +179,20 @@ def _dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
         return DTYPES[config.dtype]
     on_cuda = local_device(config.device).type == "cuda"
     room = 4 * weight_bytes(spec) <= main_memory("MemAvailable")
-    return torch.float32 if room and not on_cuda else torch.bfloat16
+    return torch.float32 if room and not on_cuda and not packs_here() else torch.bfloat16
 
 
 def _load(config: EngineConfig, spec: ModelSpec, mesh: Mesh) -> Inference:
     dtype = _dtype(config, spec)
     if config.layout.num_devices == 1:
         name = "fp32" if dtype == torch.float32 else "bf16"
-        return whole(load_model(config.path, name, mesh.device.type)[0], mesh)
-    return spread(spec, mesh, dtype, _initial(Path(config.path), spec))
+        inference = whole(load_model(config.path, name, mesh.device.type)[0], mesh)
+    else:
+        inference = spread(spec, mesh, dtype, _initial(Path(config.path), spec))
+    if dtype == torch.bfloat16 and mesh.device.type == "cpu" and packs_here():
+        for part in inference.stages.values():
+            pack(part)
+    return inference
 
 
 def _initial(path: Path, spec: ModelSpec) -> Initial:
