@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,12 +47,24 @@ def test_the_tour(tmp_path, monkeypatch, capsys) -> None:
             small += ["data.sequence_length=64", "layout.micro_batch=4", "layout.global_batch=8"]
         elif line[1] == "calibrate":
             small += ["--quick"]
+        elif line[1] == "serve":
+            serves_until_told_to_end([*line[1:], "--port", "0"])
+            continue
         elif "--measure" in line:
             small += ["--global-batch", "8", "--sequence-length", "64"]
         assert main(small) == 0, (line, capsys.readouterr().err)
     out = capsys.readouterr().out
     assert "deepseek-v3" in out
     assert out.count("def main(") == 2
+
+
+def serves_until_told_to_end(command: list[str]) -> None:
+    started = [sys.executable, "-m", "whalepod", *command]
+    with subprocess.Popen(started, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("http://" in line for line in process.stderr)
+        process.terminate()
+        assert process.wait(timeout=60) == 0
 
 
 def test_the_tree_is_the_tree() -> None:
