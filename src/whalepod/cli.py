@@ -200,24 +200,55 @@ def dryrun(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, e.g. layout.zero=1", show_default=False)
     ] = None,
-    rank: Annotated[int | None, _option("Only this rank.")] = None,
+    goal: GoalOption = "train",
+    rank: Annotated[int | None, _option("Only this rank.", panel=_TRAIN)] = None,
     roles: Annotated[str, typer.Option(help="all pipeline ranks, their ends, or the first.")] = "all",
+    batch: Annotated[int, _option("Sequences that a replica writes at once; 64.", panel=_SERVE)] = 64,
+    context_tokens: Annotated[
+        int | None, _option("Of each, in the cache; 4096.", "--context", panel=_SERVE)
+    ] = None,
+    prefill: Annotated[int | None, _option("Tokens of a prompt read in at once; 2048.", panel=_SERVE)] = None,
     imbalance: ImbalanceOption = None,
     gpus_per_node: GpusPerNodeOption = None,
     picture: Annotated[Path | None, _option("Write memory over the step (PNG).")] = None,
     trace: Annotated[Path | None, _option("Write a trace for chrome://tracing or Perfetto (JSON).")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The real training step at true size on fake devices: memory, FLOPs, bytes of every collective."""
+    """The real step, of training or serving, at true size on fake devices: memory, FLOPs, collectives."""
     from whalepod.report.question import check_name, check_number
     from whalepod.spec.hardware import parse_gpus
     from whalepod.spec.run import load_run
 
     check_name("--roles", roles, ("all", "ends", "first"))
+    check_name("--for", goal, ("train", "serve"))
     if imbalance is not None:
         check_number("--imbalance", imbalance, 1.0, 256.0)
     cluster = parse_gpus(gpus, gpus_per_node)
     job = load_run(config, overrides or ())
+    if goal == "serve":
+        for name, value in (("--batch", batch), ("--context", context_tokens), ("--prefill", prefill)):
+            if value is not None:
+                check_number(name, value, 1, 1 << 20)
+        for name, value in (("--rank", rank), ("--picture", picture), ("--trace", trace)):
+            if value is not None:
+                raise UserError(f"{name} is for training: leave it out with --for serve")
+        from whalepod.dryrun import serving, serving_views
+
+        spec = job.model_spec()
+        longest = spec.max_position_embeddings
+        load = serving.Load(batch, context_tokens or min(4096, longest - 1), prefill or min(2048, longest))
+        with text_progress() as progress:
+            served = serving.serving_dry_run(
+                *(spec, job.make_layout(), cluster, load),
+                roles=roles,
+                imbalance=imbalance or 1.0,
+                progress=progress,
+            )
+        if as_json:
+            print_json(serving_views.serving_json(served))
+        else:
+            make_console().print(serving_views.serving_view(served))
+        return
     from whalepod.dryrun import roles as dry
     from whalepod.dryrun import views
 

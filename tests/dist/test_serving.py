@@ -145,3 +145,42 @@ def test_what_cannot_be_served_is_said() -> None:
     spec = spec_of("V3-like")
     with pytest.raises(UserError, match=r"layout\.cp 2: serving cuts no sequences"):
         spread(spec, replace(mesh, layout=Layout(cp=2)), torch.float32, seeded(spec, 0))
+
+
+def counted(axes: dict[str, Any], batch: int, context: int, prefill: int) -> dict[str, Any]:
+    """Bytes and calls of collectives in a real decode and a real prefill step of the first rank."""
+    from whalepod.dryrun.serving import one_pass, runs_of
+    from whalepod.serve.paged import PagedCache
+
+    spec = spec_of("V3-like")
+    replicas = axes.get("dp_shard", 1) * axes.get("dp_replicate", 1)
+    with open_world(torch.device("cpu")):
+        mesh = make_mesh(Layout(**axes, global_batch=replicas), torch.device("cpu"))
+        inference = spread(spec, mesh, torch.bfloat16, seeded(spec, SEED))
+        pages = batch * -(-(context + 1) // 64) + -(-prefill // 64)
+        cache = PagedCache(inference, pages, 64, mtp=False)
+        found = {}
+        for kind, runs in runs_of(batch, context, prefill).items():
+            mesh.traffic.bytes.clear()
+            mesh.traffic.calls.clear()
+            with torch.inference_mode():
+                one_pass(inference, cache, runs)
+            found[kind] = (dict(mesh.traffic.calls), dict(mesh.traffic.bytes))
+        weights = sum(p.numel() for part in inference.stages.values() for p in part.parameters())
+    return found | {"parameters": weights}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"pp": 2}], ids=parity.label)
+def test_the_dry_run_counts_what_a_real_step_sends(axes: dict[str, Any]) -> None:
+    from whalepod.dryrun.serving import Load, measure_serving
+
+    real = run_ranks(counted, 2, axes, 3, 100, 70, timeout_s=200)
+    for rank in range(2):
+        dry = measure_serving(spec_of("V3-like"), Layout(**axes), Load(3, 100, 70), rank, on_gpu=False)
+        assert dry.parameters == real[rank]["parameters"]
+        assert dry.weights >= 2 * dry.parameters
+        for step in dry.steps:
+            calls, sent = real[rank][step.kind]
+            assert {k: v for k, v in step.counts.calls.items() if v} == calls
+            assert {k: v for k, v in step.counts.bytes.items() if v} == sent

@@ -122,7 +122,7 @@ def measure(
         held = tuple(Held(n, p.tensor.numel(), p.box.whole) for n, p in pieces.items())
         return Measured(
             rank=rank,
-            stages=tuple(_stage_name(part) for part in parts),
+            stages=tuple(stage_name(part) for part in parts),
             parameters=sum(h.local for h in held) + _frozen(parts),
             peak=ledger.peak.bytes,
             categories={k: v for k, v in ledger.peak.categories.items() if v},
@@ -229,7 +229,7 @@ def _first_cause(error: BaseException) -> str:
     return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
 
 
-def _stage_name(part: Any) -> str:
+def stage_name(part: Any) -> str:
     if not isinstance(part, Stage):
         return "whole model"
     layers = [int(name) for name in part.layers]  # type: ignore[union-attr]

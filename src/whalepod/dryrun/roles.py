@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.run import RunConfig
 
+T = TypeVar("T")
 MAX_RANKS = 16384
 ROLES = ("all", "ends", "first")
 Progress = Callable[[str, int, int], None]
@@ -83,10 +85,10 @@ def dry_run(
         notes.append("exchange auto is counted as two_hop: DeepEP sends the same rows where it is installed")
     if config.lora.r:
         notes.append("seconds are those of training all weights: the planner knows of no frozen ones")
-    ranks = [rank] if rank is not None else _ranks(layout, roles)
+    ranks = [rank] if rank is not None else one_of_each(layout, roles)
     on_gpu = cluster.gpu.architecture != "cpu"
     one = partial(measure, config, spec, on_gpu=on_gpu, imbalance=imbalance)
-    measured = _measure_all(one, ranks, progress)
+    measured = measure_all(one, ranks, progress)
     own = own_software(config.optimizer.moments)
     software = own.on(cluster)
     job = TrainingJob(
@@ -126,16 +128,16 @@ def _check(config: RunConfig, spec: ModelSpec, layout: Layout, cluster: Cluster,
     layout.check_model(spec, length)
 
 
-def _ranks(layout: Layout, roles: str) -> list[int]:
+def one_of_each(layout: Layout, roles: str) -> list[int]:
     """One rank of each role: ranks of one pipeline place do the same as each other."""
     each = layout.num_devices // layout.pp
     places = {"all": range(layout.pp), "ends": sorted({0, layout.pp - 1}), "first": [0]}[roles]
     return [place * each for place in places]
 
 
-def _measure_all(
-    one: Callable[[int], Measured], ranks: Sequence[int], progress: Progress | None
-) -> tuple[Measured, ...]:
+def measure_all(one: Callable[[int], T], ranks: Sequence[int], progress: Progress | None) -> tuple[T, ...]:
+    """What `one` finds of each rank, several at once in processes of their own."""
+
     def say(done: int) -> None:
         if progress is not None:
             progress("ranks", done, len(ranks))
@@ -149,7 +151,7 @@ def _measure_all(
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         # The last rank has the head in slices and takes longest: it goes first.
         jobs = {pool.submit(one, rank): rank for rank in reversed(ranks)}
-        done: dict[int, Measured] = {}
+        done: dict[int, T] = {}
         for job in as_completed(jobs):
             done[jobs[job]] = job.result()
             say(len(done))
