@@ -596,6 +596,84 @@ def serve(
     serve_forever(engine, options, make_console(stderr=True).print)
 
 
+@app.command("bench-serve")
+def bench_serve(
+    target: Annotated[
+        str, typer.Argument(help="A run's folder, a Hugging Face folder, or a server's URL (http://...).")
+    ],
+    concurrency: Annotated[
+        str | None, _option("Requests in flight, a point of the table for each number; 1,8,32.")
+    ] = None,
+    rate: Annotated[float | None, _option("Instead: requests a second, arriving at random.")] = None,
+    requests: Annotated[
+        int | None, _option("Of each point; 4 for each in flight, at least 8, or 30 s of arrivals.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each prompt, drawn at random.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 128,
+    shared_prefix: Annotated[int, typer.Option(help="Tokens that all prompts begin with.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of prompts and arrivals; another one asks anew.")] = 0,
+    model_name: Annotated[str | None, _option("Of those at the URL.", "--model")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="For the URL.", envvar="WHALEPOD_API_KEY", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    tp: ServeTp = 1,
+    pp: ServePp = 1,
+    dp: ServeDp = 1,
+    ep: ServeEp = 1,
+    cache_gib: CacheOption = None,
+    speculate: SpeculateOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measures a server under load, beside the planner's prediction where it has one."""
+    from whalepod.serve.client import server_url
+    from whalepod.serve.measure import parse_load
+
+    load = parse_load(
+        concurrency,
+        rate,
+        requests=requests,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        shared_prefix=shared_prefix,
+        seed=seed,
+    )
+    layout = (tp, pp, dp, ep)
+    told = make_console(stderr=True)
+    if "://" in target:
+        url = server_url(target)
+        if (*layout, dtype, cache_gib, speculate) != (1, 1, 1, 1, "auto", None, False):
+            raise UserError("layout, --dtype, --cache-gib and --speculate are for a folder, not for a URL")
+        from whalepod.report.bench_serve import bench_url, bench_view
+
+        with text_progress() as progress:
+            found = bench_url(url, load, model_name, api_key, progress)
+    else:
+        if model_name is not None:
+            raise UserError("--model is for a server's URL: a folder has one model")
+        from whalepod.report.bench_serve import bench_folder, bench_view
+        from whalepod.serve.start import EngineConfig, serving_layout
+
+        # Nobody is to be refused: a queue that is too long shows in the times.
+        waiting = max(load.concurrency, default=1024)
+        config = EngineConfig(
+            target,
+            serving_layout(*layout),
+            dtype,
+            cache_gib=cache_gib,
+            max_waiting=waiting,
+            speculate=speculate,
+        )
+        with text_progress() as progress:
+            found = bench_folder(config, load, progress, told.print)
+    if found is None:  # a rank that follows
+        return
+    if as_json:
+        print_json(found)
+    else:
+        make_console().print(bench_view(found))
+
+
 def _run_batch(
     engine: Any,
     config: Any,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 
 import httpx
 import openai
@@ -387,3 +388,11 @@ def test_the_address_is_taken(server, deepseek) -> None:
     port = httpx.URL(server.url).port
     with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1, port"):
         run_server(app, port=port)
+
+
+def test_no_event_waits_for_an_acknowledgement(server):
+    with httpx.Client(base_url=server.url) as client:
+        assert client.get("/health").status_code == 200
+        (connection,) = server.server.server_state.connections
+        sock = connection.transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -1,17 +1,21 @@
-"""A folder served until a signal comes."""
+"""A folder served: until a signal comes, or beside what else this process does."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from whalepod.serve.http.config import ServerConfig
-from whalepod.serve.http.server import make_app, run_server
+from whalepod.serve.http.server import Server, make_app
 from whalepod.serve.request import Sampling
-from whalepod.serve.start import EngineConfig, open_engine
+from whalepod.serve.start import EngineConfig, Say, open_engine
 from whalepod.spec.errors import UserError
 from whalepod.text.chat import ChatTemplate
 
@@ -27,15 +31,42 @@ class ServerOptions:
     drain_s: float = 30.0
 
 
-def serve_forever(config: EngineConfig, options: ServerOptions, say: Callable[[str], Any]) -> None:
+def serve_forever(config: EngineConfig, options: ServerOptions, say: Say) -> None:
     """Serves until SIGTERM or SIGINT, then drains. On ranks that follow it returns with the first one's end.
 
     Raises UserError for what cannot be served, before anything is loaded.
     """
+    with open_server(config, options, say) as server:
+        if server is not None:
+            server.run()
+
+
+@contextmanager
+def background_server(config: EngineConfig, options: ServerOptions, say: Say) -> Iterator[str | None]:
+    """The URL of a server that a thread of this process runs meanwhile; None as in `open_server`."""
+    with open_server(config, options, say) as server:
+        if server is None:
+            yield None
+            return
+        thread = threading.Thread(target=server.run, name="server", daemon=True)
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.01)
+            yield server.url
+        finally:
+            server.handle_exit(signal.SIGTERM, None)
+            thread.join()
+
+
+@contextmanager
+def open_server(config: EngineConfig, options: ServerOptions, say: Say) -> Iterator[Server | None]:
+    """A server with its engine, ready to run; None on ranks that follow, when they are through."""
     folder = Path(config.path)
     defaults = _defaults(folder)
     with open_engine(config, say) as engine:
         if engine is None:
+            yield None
             return
         spec, room = engine.spec, engine.max_tokens
         context = min(spec.max_position_embeddings, room)
@@ -55,10 +86,10 @@ def serve_forever(config: EngineConfig, options: ServerOptions, say: Callable[[s
         def started(url: str) -> None:
             say(f"serving {server.model_name} at {url} (API: {url}/v1, a page to chat on: {url}/)")
 
-        run_server(app, options.host, options.port, on_start=started)
+        yield Server(app, options.host, options.port, started)
 
 
-def _chat(folder: Path, say: Callable[[str], Any]) -> ChatTemplate | None:
+def _chat(folder: Path, say: Say) -> ChatTemplate | None:
     try:
         return ChatTemplate(folder)
     except UserError:
