@@ -1,9 +1,11 @@
-"""The main job on this machine, end to end: plan, train on one worker and on all, write text."""
+"""The main job on this machine, end to end: plan, train on one worker and on all, write text, serve."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,9 @@ from rich.table import Table
 
 from whalepod.report.training import Curve, draw_scaling
 from whalepod.serve.generate import Generated, generate, load_model
+from whalepod.serve.http.open import ServerOptions, background_server
 from whalepod.serve.request import Sampling
+from whalepod.serve.start import EngineConfig, serving_layout
 from whalepod.spec.counts import GIB, params
 from whalepod.spec.run import RunConfig, make_run
 from whalepod.text.sources import Progress
@@ -92,6 +96,7 @@ def run_demo(
     model, tokenizer = load_model(folder / "replicated")
     written = generate(model, tokenizer, PROMPT, 96, Sampling(temperature=0.6, top_p=0.9, seed=1))
     say(PROMPT + written.text)
+    say("\n" + _served(folder / "replicated", workers))
     speedup = replicated.tokens_per_s / alone.tokens_per_s
     closing = _closing(workers, speedup, alone, replicated, sharded, gap)
     return Demo(
@@ -107,6 +112,24 @@ def run_demo(
         generated=written,
         picture=str(picture),
         closing=closing,
+    )
+
+
+def _served(folder: Path, workers: int) -> str:
+    """One request to the API, by as many workers as trained."""
+    layout = serving_layout(dp=workers, ep=workers)
+    engine = EngineConfig(str(folder), layout, device="cpu", cache_gib=0.25, threads_per_worker=1)
+    asked = {"model": folder.name, "prompt": PROMPT, "max_tokens": 32, "temperature": 0}
+    with background_server(engine, ServerOptions(port=0), lambda _: None) as url:
+        request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            answer = json.load(response)
+    usage, text = answer["usage"], answer["choices"][0]["text"]
+    return (
+        f"served over {workers} worker(s), each with its share of the experts: POST /v1/completions, "
+        f"{usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out: {text!r}"
     )
 
 
