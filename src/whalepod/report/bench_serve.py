@@ -188,10 +188,10 @@ def _table(doc: Mapping[str, Any]) -> RenderableType:
         "p99 ": "tpot_ms_p99",
     }
     table = plain_table()
-    table.add_column("load")
-    table.add_column("answers", justify="right")
+    table.add_column("load", no_wrap=True)
+    table.add_column("answers", justify="right", no_wrap=True)
     for title in figures:
-        table.add_column(title.strip(), justify="right", no_wrap=True)
+        table.add_column(title.strip(), justify="right")  # on a narrow terminal titles take two lines
     table.add_column("errors")
     for row in doc["points"]:
         load = f"{row['rate_per_s']:g}/s" if row["rate_per_s"] else f"{row['concurrency']} in flight"
