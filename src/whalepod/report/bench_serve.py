@@ -164,7 +164,7 @@ def _sizes(layout: Layout) -> dict[str, int]:
 
 
 def bench_view(doc: Mapping[str, Any], width: int = NARROW) -> Group:
-    """At `width` columns: the points side by side, each with its prediction below, and what to know of them."""
+    """The points at `width` columns, each with its prediction below, and what to know of them."""
     head = Text(doc["model"], style="bold")
     head.append(
         f" at {doc['target']}: {doc['prompt_tokens']:,} tokens of prompt, {doc['new_tokens']:,} of answer",
