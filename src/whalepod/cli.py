@@ -671,7 +671,8 @@ def bench_serve(
     if as_json:
         print_json(found)
     else:
-        make_console().print(bench_view(found))
+        console = make_console()
+        console.print(bench_view(found, console.width))
 
 
 def _run_batch(

@@ -20,7 +20,7 @@ from whalepod.planner.serve_layout import ServeLayout, Worker
 from whalepod.planner.serve_software import engine_names, load_software
 from whalepod.planner.serve_worker import Workload
 from whalepod.planner.serving import ServeEstimate, estimate
-from whalepod.report.planning_tables import notes, plain_table, three
+from whalepod.report.planning_tables import NARROW, notes, plain_table, three
 from whalepod.report.question import ENGINE, Question
 from whalepod.serve.client import find_model, open_client
 from whalepod.serve.http.open import ServerOptions, background_server
@@ -163,21 +163,21 @@ def _sizes(layout: Layout) -> dict[str, int]:
     return {"tp": layout.tp, "pp": layout.pp, "dp": layout.num_replicas, "ep": layout.ep}
 
 
-def bench_view(doc: Mapping[str, Any]) -> Group:
-    """The points side by side, each with its prediction below, and what to know of them."""
+def bench_view(doc: Mapping[str, Any], width: int = NARROW) -> Group:
+    """The points at `width` columns, each with its prediction below, and what to know of them."""
     head = Text(doc["model"], style="bold")
     head.append(
         f" at {doc['target']}: {doc['prompt_tokens']:,} tokens of prompt, {doc['new_tokens']:,} of answer",
         style="not bold",
     )
-    views: list[RenderableType] = [head, Text(), _table(doc), Text()]
+    views: list[RenderableType] = [head, Text(), _table(doc, width), Text()]
     views += notes("note", [*doc["notes"], *_notes(doc)], "dim")
     if doc["not_predicted"]:
         views += notes("not predicted", [doc["not_predicted"]], "yellow")
     return Group(*views)
 
 
-def _table(doc: Mapping[str, Any]) -> RenderableType:
+def _table(doc: Mapping[str, Any], width: int) -> RenderableType:
     figures = {
         "tokens/s": "output_tokens_per_s",
         "prompt tokens/s": "prompt_tokens_per_s",
@@ -187,9 +187,13 @@ def _table(doc: Mapping[str, Any]) -> RenderableType:
         "TPOT ms": "tpot_ms_p50",
         "p99 ": "tpot_ms_p99",
     }
+    if width < NARROW:
+        figures = {
+            title: key for title, key in figures.items() if title not in ("prompt tokens/s", "requests/s")
+        }
     table = plain_table()
-    table.add_column("load")
-    table.add_column("answers", justify="right")
+    table.add_column("load", no_wrap=True)
+    table.add_column("answers", justify="right", no_wrap=True)
     for title in figures:
         table.add_column(title.strip(), justify="right", no_wrap=True)
     table.add_column("errors")
