@@ -135,6 +135,17 @@ def test_recomputation_changes_nothing(run_values: dict[str, Any], corpus: Path,
         assert all(torch.equal(found[policy][name], found["none"][name]) for name in found["none"]), policy
 
 
+def test_frozen_weights_compute_in_fp8(run_values: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+    source = folder_of("v3", corpus, tmp_path / "source")
+    run_values["layout"] |= {"precision": "fp8"}
+    config = job(source, run_values, modules=["q_a_proj", "gate_proj", "down_proj"])
+    train(config, quiet=True)
+    merged, original = read_model(Path(config.out), config.model_spec()), build_model(source, torch.float32)
+    changed = {n for n, w in merged.named_parameters() if not torch.equal(w, original.get_parameter(n))}
+    ends = ("q_a_proj.weight", "gate_proj.weight", "down_proj.weight")
+    assert changed == {n for n, _ in merged.named_parameters() if n.endswith(ends)}
+
+
 def test_bad_input_is_one_line(
     run_values: dict[str, Any], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

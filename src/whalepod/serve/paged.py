@@ -82,7 +82,7 @@ class PagedCache:
         out = [i * count + count - s.count + j for i, s in enumerate(spans) for j in range(s.count)]
         rows = [s.first + j for s in spans for j in range(s.count)]
         tensors = (table, torch.tensor(index), mask.unsqueeze(1), torch.tensor(out), torch.tensor(rows))
-        return _Few(*(t.to(self.device) for t in tensors))
+        return _Few(spans, *(t.to(self.device) for t in tensors))
 
 
 class _Span(NamedTuple):
@@ -101,11 +101,27 @@ class _Span(NamedTuple):
 class _Few(NamedTuple):
     """Runs that attend together: R of them, Q queries each, L positions."""
 
+    spans: list[_Span]
     table_RP: Tensor  # pages
     index_RQ: Tensor  # the step's row of each query
     mask: Tensor  # [R, 1, Q, L], True where it may look
     out: Tensor  # of the R x Q results those that count
     rows: Tensor  # and where they go
+
+    def rows_of(self, rows: Tensor) -> Tensor:
+        """[R, pages, page_size, width]."""
+        if len(self.spans) == 1:
+            return _rows(rows, self.spans[0].pages, self.table_RP[0]).unsqueeze(0)
+        return rows[self.table_RP]
+
+
+def _rows(rows: Tensor, pages: list[int], index: Tensor) -> Tensor:
+    """A sequence's pages: where they lie side by side, as they do until the pool has been through some churn,
+    without a copy."""
+    first = pages[0]
+    if pages == list(range(first, first + len(pages))):
+        return rows[first : first + len(pages)]
+    return rows[index]
 
 
 @dataclass(frozen=True)
@@ -122,13 +138,13 @@ class Step:
         rows.flatten(0, 1)[self.slots] = kv[0, :num_tokens]
         parts: list[tuple[Tensor | slice, Tensor]] = []
         for span, pages in self.long:
-            seen = rows[pages].flatten(0, 1)[: span.end].unsqueeze(0)
+            seen = _rows(rows, span.pages, pages).flatten(0, 1)[: span.end].unsqueeze(0)
             part = slice(span.first, span.first + span.count)
             form = attention.absorbed if attention.prefers_absorbed(span.count) else attention.expanded
             parts.append((part, form(q[:, part], seen, None)[0]))
         if self.few is not None:
             few = self.few
-            seen = rows[few.table_RP].flatten(1, 2)
+            seen = few.rows_of(rows).flatten(1, 2)
             found = attention.absorbed(q[0][few.index_RQ], seen, few.mask)
             parts.append((few.rows, found.flatten(0, 1)[few.out]))
         if len(parts) == 1 and len(parts[0][1]) == q.shape[1] and isinstance(parts[0][0], slice):
