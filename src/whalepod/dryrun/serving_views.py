@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from whalepod.dryrun.serving import ServingDryRun, ServingRole, Step
+from whalepod.dryrun.views import counts_json
 from whalepod.spec.counts import GIB
 
 
@@ -47,12 +48,7 @@ def _step(step: Step) -> dict[str, Any]:
         "tensors_gib": step.peak / GIB,
         "memory_by_category_gib": {name: held / GIB for name, held in step.categories.items()},
         "peak_at": step.peak_at,
-        "flops": sum(step.counts.flops.values()),
-        "flops_by_kind": dict(step.counts.flops),
-        "collectives": [
-            {"axis": axis, "op": op, "count": step.counts.calls[axis, op], "bytes": sent}
-            for (axis, op), sent in sorted(step.counts.bytes.items())
-        ],
+        **counts_json(step.counts),
     }
 
 

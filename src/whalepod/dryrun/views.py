@@ -11,6 +11,7 @@ from rich.table import Table
 
 from whalepod.dryrun.role import Measured
 from whalepod.dryrun.roles import DryRun
+from whalepod.dryrun.tally import Counts
 from whalepod.spec.counts import GIB
 from whalepod.spec.errors import UserError
 from whalepod.spec.schedule import actions_of
@@ -49,18 +50,24 @@ def _role_json(run: DryRun, role: Measured) -> dict[str, Any]:
         "memory_by_category_gib": {**gib, **run.extra_of(role)},
         "state_gib": {name: held / GIB for name, held in role.state.items()},
         "peak_at": role.peak_at,
-        "flops": sum(role.counts.flops.values()),
-        "flops_by_kind": dict(role.counts.flops),
-        "collectives": [
-            {"axis": axis, "op": op, "count": role.counts.calls[axis, op], "bytes": sent}
-            for (axis, op), sent in sorted(role.counts.bytes.items())
-        ],
+        **counts_json(role.counts),
         "bytes_by_axis_and_module": [
             {"axis": axis, "module": module, "bytes": sent}
             for (axis, module), sent in sorted(role.counts.by_module.items())
         ],
         "memory_over_step": [
             {"at": at, **{k: v / GIB for k, v in held.items() if v}} for at, held in role.timeline
+        ],
+    }
+
+
+def counts_json(counts: Counts) -> dict[str, Any]:
+    return {
+        "flops": sum(counts.flops.values()),
+        "flops_by_kind": dict(counts.flops),
+        "collectives": [
+            {"axis": axis, "op": op, "count": counts.calls[axis, op], "bytes": sent}
+            for (axis, op), sent in sorted(counts.bytes.items())
         ],
     }
 

@@ -13,9 +13,9 @@ from whalepod.serve.engine import Engine
 from whalepod.serve.request import Request, Sampling
 from whalepod.spec.errors import UserError
 from whalepod.text.chat import ChatTemplate
+from whalepod.text.lines import json_lines
 from whalepod.text.tokenizer import Tokenizer
 
-MAX_LINE_BYTES = 64 << 20
 Lines = list[tuple[int, dict[str, Any]]]
 """Objects of a file with their lines' numbers."""
 
@@ -79,30 +79,15 @@ def _check(engine: Engine, request: Request, where: str) -> None:
 def read_lines(source: Path) -> Lines:
     """What a `.jsonl` file asks for. Raises UserError."""
     found: Lines = []
-    try:
-        with source.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
-                if line.strip():
-                    found.append((number, _object(line, f"{source}, line {number}")))
-    except OSError as error:
-        raise UserError(f"cannot read {source}: {error.strerror}") from None
+    for number, line, _ in json_lines(source):
+        prompt = line.get("prompt") if isinstance(line, dict) else None
+        messages = line.get("messages") if isinstance(line, dict) else None
+        turns = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
+        if isinstance(prompt, str) == bool(turns):
+            raise UserError(f'{source}, line {number}: expected {{"prompt": "..."}} or {{"messages": [...]}}')
+        found.append((number, line))
     if not found:
         raise UserError(f"{source} holds no prompt")
-    return found
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    if len(line) > MAX_LINE_BYTES:
-        raise UserError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB")
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {str(error).splitlines()[0]}") from None
-    prompt = found.get("prompt") if isinstance(found, dict) else None
-    messages = found.get("messages") if isinstance(found, dict) else None
-    turns = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
-    if isinstance(prompt, str) == bool(turns):
-        raise UserError(f'{where}: expected {{"prompt": "..."}} or {{"messages": [...]}}')
     return found
 
 

@@ -20,9 +20,8 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from whalepod.spec.errors import UserError
+from whalepod.text.lines import json_lines
 from whalepod.text.tokenizer import Tokenizer
-
-MAX_LINE_BYTES = 64 << 20
 
 
 def seen_only(token: int) -> int:
@@ -110,28 +109,13 @@ def encoded(conversation: dict[str, Any], template: ChatTemplate, tokenizer: Tok
 def conversations(path: Path | str) -> Iterator[tuple[dict[str, Any], int]]:
     """Each conversation of a .jsonl file, and how many bytes of it were read by then."""
     path = Path(path)
-    done = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
-                done += len(line)
-                if line.strip():
-                    yield _conversation(line, f"{path}, line {number}"), done
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _conversation(line: bytes, where: str) -> dict[str, Any]:
-    if len(line) > MAX_LINE_BYTES:
-        raise UserError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB")
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {str(error).splitlines()[0]}") from None
-    messages = found.get("messages") if isinstance(found, dict) else None
-    if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
-        raise UserError(f'{where}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
-    return found
+    for number, found, done in json_lines(path):
+        messages = found.get("messages") if isinstance(found, dict) else None
+        if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
+            raise UserError(
+                f'{path}, line {number}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}'
+            )
+        yield found, done
 
 
 def _is_message(message: Any) -> bool:
