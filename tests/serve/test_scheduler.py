@@ -177,6 +177,18 @@ def test_long_prompts_do_not_hold_up_those_who_write() -> None:
     assert long.computed == 7 * 8  # a step's eighth token is the writer's
 
 
+def test_who_came_after_a_long_prompt_writes_while_it_is_read_in() -> None:
+    model = Model(Scheduler(PagePool(64, 4), 4, 8))
+    short, long = sequence([1] * 9, 6), sequence([2] * 90, 1)
+    model.scheduler.add(long)
+    model.scheduler.add(short)
+    while short.num_new < 6:
+        before = long.computed
+        model.step()
+        assert long.computed > before or long.finished
+    assert not long.finished
+
+
 def test_what_can_never_fit_is_refused() -> None:
     scheduler = Scheduler(PagePool(4, 4), 2, 8)
     with pytest.raises(UserError, match="17 tokens do not fit the cache of 16"):

@@ -1,10 +1,10 @@
 """Which tokens of which sequences go through the model next: continuous batching, no torch.
 
 A step is a list of runs: so many tokens of a sequence, from where its cache ends. A sequence that writes
-needs one token a step (and its drafts); one that is read in takes what is left of the step's budget, in
-chunks, so that a long prompt does not keep the others waiting. Those that run go first, in the order in which
-they came. When pages run out the youngest that runs gives up its own and waits at the head of the queue; it
-is read in again later, mostly from pages that are still known.
+needs one token a step (and its drafts), and has it before any prompt is read in. Prompts take what is left of
+the step's tokens, in chunks, or half of it while more of them wait, so that a long one does not keep the
+others waiting. When pages run out the youngest that runs gives up its own and waits at the head of the queue;
+it is read in again later, mostly from pages that are still known.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ class Sequence:
     @property
     def num_new(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def missing(self) -> int:
+        """Tokens whose rows are not in the cache: one of a sequence that writes."""
+        return len(self.tokens) - self.computed
 
 
 class Run(NamedTuple):
@@ -86,25 +91,30 @@ class Scheduler:
 
     def schedule(self) -> list[Run]:
         """The next step; empty only when there is nothing to do."""
-        runs, left = [], self.max_step_tokens
-        for sequence in [*self.running]:
+        runs: dict[int, Run] = {}
+        left = self.max_step_tokens
+        # Those that write come before those that are read in, or a long prompt would hold them up.
+        for sequence in sorted(self.running, key=lambda each: each.missing > 1):
             if left == 0:
                 break
-            if sequence not in self.running:  # preempted for the sake of one before it
+            if sequence not in self.running:  # preempted for the sake of another
                 continue
-            run = self._run(sequence, left)
+            run = self._run(sequence, left, others=bool(self.waiting))
             while not self.pool.extend(sequence.holding, run.end):
                 youngest = self.running[-1]
                 self._preempt(youngest)
+                if (dropped := runs.pop(id(youngest), None)) is not None:
+                    left += dropped.end - dropped.start
                 if youngest is sequence:
                     break
             else:
-                runs.append(run)
-                left -= run.count + len(run.drafts)
-        if len(runs) == len(self.running):  # else pages are short, or this step's tokens
-            runs += self._admitted(left)
-        assert runs or self.is_idle
-        return runs
+                runs[id(sequence)] = run
+                left -= run.end - run.start
+        found = [*runs.values()]
+        if len(found) == len(self.running):  # else pages are short, or this step's tokens
+            found += self._admitted(left)
+        assert found or self.is_idle
+        return found
 
     def _admitted(self, left: int) -> Iterator[Run]:
         """Runs of those who wait, in turn, while there is room for their whole prompt."""
@@ -120,7 +130,7 @@ class Scheduler:
             sequence.computed = found
             if not sequence.num_new:
                 sequence.cached = found
-            run = self._run(sequence, left)
+            run = self._run(sequence, left, others=len(self.waiting) > 1)
             extended = self.pool.extend(sequence.holding, run.end)
             assert extended
             self.waiting.popleft()
@@ -128,10 +138,12 @@ class Scheduler:
             left -= run.count + len(run.drafts)
             yield run
 
-    def _run(self, sequence: Sequence, left: int) -> Run:
-        missing = len(sequence.tokens) - sequence.computed
-        count = min(missing, left)
-        writes = count == missing
+    def _run(self, sequence: Sequence, left: int, others: bool) -> Run:
+        """others: whether more wait to come in, for whom a prompt leaves half of the step."""
+        count = min(sequence.missing, left)
+        if others and sequence.missing > left // 2:
+            count = min(sequence.missing, max(1, left // 2))
+        writes = count == sequence.missing
         room = min(left - count, sequence.max_tokens - len(sequence.tokens) - 1)
         drafts = sequence.drafts[:room] if writes and room > 0 else ()
         return Run(sequence, sequence.computed, count, drafts, writes)
