@@ -94,12 +94,13 @@ class Scheduler:
         runs: dict[int, Run] = {}
         left = self.max_step_tokens
         # Those that write come before those that are read in, or a long prompt would hold them up.
-        for sequence in sorted(self.running, key=lambda each: each.missing > 1):
+        order = sorted(self.running, key=lambda each: each.missing > 1)
+        for sequence in order:
             if left == 0:
                 break
             if sequence not in self.running:  # preempted for the sake of another
                 continue
-            run = self._run(sequence, left, others=bool(self.waiting))
+            run = self._run(sequence, left, others=sequence is not order[-1] or bool(self.waiting))
             while not self.pool.extend(sequence.holding, run.end):
                 youngest = self.running[-1]
                 self._preempt(youngest)
@@ -139,7 +140,7 @@ class Scheduler:
             yield run
 
     def _run(self, sequence: Sequence, left: int, others: bool) -> Run:
-        """others: whether more wait to come in, for whom a prompt leaves half of the step."""
+        """others: whether more are to be read in, for whom a prompt leaves half of the step."""
         count = min(sequence.missing, left)
         if others and sequence.missing > left // 2:
             count = min(sequence.missing, max(1, left // 2))
