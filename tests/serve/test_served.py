@@ -35,7 +35,11 @@ class Served:
         command = [sys.executable, "-m", "whalepod", "serve", str(folder), "--port", "0", "--dtype", "fp32"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "WHALEPOD_API_KEY": "secret"}
         self.process = subprocess.Popen(
-            [*command, "--cache-gib", "0.01", *options], stderr=subprocess.PIPE, text=True, env=environment
+            [*command, "--cache-gib", "0.01", *options],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
         )
         self.said: list[str] = []
         assert self.process.stderr is not None
@@ -151,11 +155,25 @@ def test_what_is_wrong_is_said(served: Served) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_lets_an_answer_finish(chatty: Path) -> None:
-    served = Served(chatty)
+@pytest.mark.parametrize("options", [(), ("--dp", "2", "--ep", "2")], ids=["one device", "dp 2 ep 2"])
+def test_a_signal_to_all_processes_lets_an_answer_finish(chatty: Path, options: tuple[str, ...]) -> None:
+    served = Served(chatty, *options)
     stream = served.client.completions.create(model="hf", prompt="def ", max_tokens=300, stream=True)
     pieces = [next(iter(stream))]
-    served.process.send_signal(signal.SIGTERM)
+    os.killpg(served.process.pid, signal.SIGTERM)
     pieces += list(stream)
     assert pieces[-1].choices[0].finish_reason == "length"
     assert served.process.wait(timeout=60) == 0
+
+
+@pytest.mark.slow
+def test_a_dead_worker_is_told_and_nobody_waits_for_ever(chatty: Path) -> None:
+    served = Served(chatty, "--tp", "2")
+    children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()
+    workers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(workers) == 1
+    os.kill(int(workers[0]), signal.SIGKILL)
+    with pytest.raises(openai.InternalServerError):
+        served.client.completions.create(model="hf", prompt="def ", max_tokens=5, timeout=60)
+    assert httpx.get(f"{served.url}/health").status_code == 503
+    assert served.end() == 0

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,8 @@ def open_engine(config: EngineConfig, say: Say = lambda text: None) -> Iterator[
             )
             fleet = Fleet(inference, core, grammars.mask)
             if not mesh.is_first:
-                fleet.follow()
+                with _deaf():
+                    fleet.follow()
                 yield None
                 return
             engine = Engine(fleet, tokenizer, config.max_waiting, grammars)
@@ -248,9 +251,22 @@ def _workers(config: EngineConfig) -> Iterator[None]:
 
 def _follow(config: EngineConfig, environment: dict[str, str], rank: int) -> None:
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-    # Ctrl-C goes to all of a terminal's processes: the first one tells the others when to end.
-    with suppress(KeyboardInterrupt), open_engine(config):
+    with _deaf(), open_engine(config):
         pass
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Signals that ask to end go to all ranks, and mean the first: it drains, and lets the others go."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @contextmanager
