@@ -156,6 +156,70 @@ def test_output_keeps_to_a_grammar(engine: Engine, tokenizer: Tokenizer, grammar
     raise AssertionError("no output came to its end")
 
 
+def test_a_grammars_end_is_the_end(engine: Engine, tokenizer: Tokenizer) -> None:
+    request = Request(prompt(tokenizer), 60, ignore_eos=True, grammar=Grammar("regex", "[ab]{3}"))
+    chunks = list(engine.stream(request))
+    assert chunks[-1].finish_reason == "stop"
+    assert re.fullmatch("[ab]{3}", text_of(chunks))
+    for extreme in (Sampling(1e-39), Sampling(1.0, repetition_penalty=0.01), Sampling(100.0)):
+        chunks = list(engine.stream(Request(request.prompt, 60, extreme, grammar=request.grammar)))
+        assert re.fullmatch("[ab]{3}", text_of(chunks))
+    assert engine.failure is None
+
+
+def test_special_tokens_are_no_text_of_a_grammar(engine: Engine, tokenizer: Tokenizer) -> None:
+    assert tokenizer.bos_id is not None
+    mask = engine._grammars.mask(Grammar("regex", "[^a]{40}"))
+    logits = torch.zeros(512)
+    mask.apply(logits)
+    assert logits[tokenizer.bos_id] == float("-inf")
+    assert not mask.accept(tokenizer.bos_id)
+
+
+def test_hardly_any_temperature_is_none(engine: Engine, tokenizer: Tokenizer) -> None:
+    greedy = text_of(list(engine.stream(Request(prompt(tokenizer), 30))))
+    for cold in (1e-300, 1e-39, 1e-5):
+        drawn = list(engine.stream(Request(prompt(tokenizer), 30, Sampling(cold, seed=1))))
+        assert text_of(drawn) == greedy, cold
+
+
+class Oracle:
+    """In place of a runner's guesses: those that are right, which an untrained block's hardly ever are."""
+
+    def __init__(self, answer: list[int]) -> None:
+        self.answer = answer
+
+    def __call__(self, _hidden: Any, runs: Any, _wishes: Any, picked: Any) -> list[tuple[int, ...]]:
+        ends = [run.sequence.num_new + len(found) for run, found in zip(runs, picked, strict=True)]
+        known = [run.writes and end < len(self.answer) for run, end in zip(runs, ends, strict=True)]
+        return [(self.answer[end],) if is_known else () for end, is_known in zip(ends, known, strict=True)]
+
+
+def test_what_comes_behind_a_stop_string_is_not_told(model: Transformer, tokenizer: Tokenizer) -> None:
+    whole = Request(prompt(tokenizer), 30)
+    found: list[Any] = []
+    text, answer = "", []
+    for speculate in (False, True):
+        engine = Engine(fleet(model, CoreConfig(64, 16, speculate=speculate)), tokenizer)
+        if speculate:
+            engine._fleet._runner._guess = Oracle(answer)  # type: ignore[method-assign]
+        else:
+            chunks = list(engine.stream(whole))
+            text, answer = text_of(chunks), [info.id for chunk in chunks for info in chunk.tokens]
+        rows = []
+        for begin in range(0, len(text) - 4, 3):
+            stop = (text[begin : begin + 3],)
+            chunks = list(engine.stream(Request(whole.prompt, 30, stop=stop, logprobs=0)))
+            tokens = [info.id for chunk in chunks for info in chunk.tokens]
+            assert len(tokens) == chunks[-1].new_tokens
+            rows.append((text_of(chunks), tokens))
+        if speculate:
+            assert engine.stats().steps < engine.stats().new_tokens
+        engine.close()
+        found.append(rows)
+    assert found[0] == found[1]
+
+
 def test_a_grammar_that_is_none_is_refused(engine: Engine, tokenizer: Tokenizer) -> None:
     for grammar in (Grammar("regex", "(unclosed"), Grammar("json_schema", '{"type": 3}')):
         with pytest.raises(UserError, match=r"cannot be used"):

@@ -189,6 +189,16 @@ def test_who_came_after_a_long_prompt_writes_while_it_is_read_in() -> None:
     assert not long.finished
 
 
+def test_guesses_take_no_ones_turn() -> None:
+    model = Model(Scheduler(PagePool(256, 4), 8, 8), random.Random(0))
+    everyone = [sequence([i % 3], 40) for i in range(8)]
+    for each in everyone:
+        model.scheduler.add(each)
+    for step in range(1, 30):
+        model.step()
+        assert min(each.num_new for each in everyone) >= step - 1
+
+
 def test_what_can_never_fit_is_refused() -> None:
     scheduler = Scheduler(PagePool(4, 4), 2, 8)
     with pytest.raises(UserError, match="17 tokens do not fit the cache of 16"):

@@ -55,7 +55,8 @@ def test_says_what_fits() -> None:
     spread = plan_memory(
         EngineConfig("", Layout(dp_shard=2, ep=2, global_batch=2), "bf16", "cpu", cache_gib=1.0), spec
     )
-    assert spread.tokens == 2 * few.tokens
+    assert (spread.tokens, spread.replicas) == (few.tokens, 2)
+    assert "in each of 2 replicas" in str(spread)
     assert spread.weights_gib < few.weights_gib
 
 

@@ -103,6 +103,10 @@ def test_going_on_is_exact(run_values: dict[str, Any], corpus: Path, tmp_path: P
     export(tmp_path / "apart", tmp_path / "adapter", "lora")
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["target_modules"] == ["self_attn.kv_b_proj", "self_attn.q_b_proj"]
+    other = folder_of("v3", corpus, tmp_path / "other")
+    moved = config.train.model_copy(update={"start_from": str(other), "steps": 8})
+    with pytest.raises(UserError, match="holds adapters of"):
+        train(config.model_copy(update={"train": moved}), quiet=True)
     with pytest.raises(UserError, match="another `lora`"):
         train(config.model_copy(update={"lora": config.lora.model_copy(update={"r": 2})}), quiet=True)
 

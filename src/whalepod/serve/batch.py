@@ -61,7 +61,8 @@ def run_batch(
             progress("writing", done, len(requests))
 
     for (_, line), (text, reason) in zip(lines, engine.complete(requests, on_done), strict=True):
-        out.write(json.dumps({**line, "text": text, "finish_reason": reason}, ensure_ascii=False) + "\n")
+        answer = json.dumps({**line, "text": text, "finish_reason": reason}, ensure_ascii=False)
+        out.write(answer.encode(errors="backslashreplace").decode() + "\n")  # half a character, as it came
     seconds, after = time.perf_counter() - start, engine.stats()
     prompts = after.prompt_tokens - before.prompt_tokens
     new = after.new_tokens - before.new_tokens

@@ -101,9 +101,9 @@ class Core:
                 self._cached_tokens += job.sequence.cached
             self.scheduler.ran(run, [each.token for each in picked], after.drafts)
             self._new_tokens += len(picked)
-            if job.wish.mask is not None:
-                for each in picked:
-                    job.wish.mask.accept(each.token)
+            mask = job.wish.mask
+            if mask is not None and not all(mask.accept(each.token) for each in picked):
+                job.reason = "abort"
             if len(job.sequence.tokens) >= job.sequence.max_tokens and job.reason is None:
                 job.reason = "length"
             if job.reason is not None:

@@ -11,6 +11,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
@@ -67,8 +68,7 @@ class Engine:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def put(event: Event) -> None:
-            # The loop may be closed by now: then nobody waits.
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed by now: nobody waits
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
         if request.grammar is not None:
@@ -111,16 +111,16 @@ class Engine:
         texts: dict[int, str] = {}
         reasons: dict[int, FinishReason] = {}
         streams = []
-        for number, request in enumerate(requests):
-            texts[number] = ""
-            if request.grammar is not None:
-                self._grammars.mask(request.grammar)
-
-            def put(event: Event, number: int = number) -> None:
-                queue.put((number, event))
-
-            streams.append(self._submit(request, put, limited=False))
         try:
+            for number, request in enumerate(requests):
+                texts[number] = ""
+                if request.grammar is not None:
+                    self._grammars.mask(request.grammar)
+
+                def put(event: Event, number: int = number) -> None:
+                    queue.put((number, event))
+
+                streams.append(self._submit(request, put, limited=False))
             while len(reasons) < len(texts):
                 number, event = queue.get()
                 if isinstance(event, BaseException):
@@ -229,7 +229,9 @@ class Engine:
 
     def _begin(self, stream: _Stream) -> None:
         try:
-            ends = frozenset() if stream.request.ignore_eos else self._ends
+            # A grammar's end is EOS, and nothing may follow it.
+            goes_on = stream.request.ignore_eos and stream.request.grammar is None
+            ends = frozenset() if goes_on else self._ends
             stream.job = self._fleet.add(stream.request, ends)
         except UserError as error:
             self._over(stream)
@@ -255,8 +257,15 @@ class Engine:
         job, output, request = stream.job, stream.output, stream.request
         assert job is not None
         picked, job.picked = job.picked, []
-        ends_text = job.reason == "stop" and picked and picked[-1].token in job.ends
-        text = output.push(each.token for each in (picked[:-1] if ends_text else picked))
+        sequence, text = job.sequence, ""
+        after = sequence.num_new - len(picked)  # tokens of the output, those of this step one by one
+        for place, each in enumerate(picked):
+            after += 1
+            if each.token not in job.ends:
+                text += output.push([each.token])
+            if output.stopped:
+                picked = picked[: place + 1]
+                break
         if output.stopped:
             self._fleet.end(job, "stop")
         if job.reason is not None:
@@ -264,7 +273,6 @@ class Engine:
             if output.stopped:
                 job.reason = "stop"
             self._over(stream)
-        sequence = job.sequence
         stream.put(
             Chunk(
                 text,
@@ -272,7 +280,7 @@ class Engine:
                 job.reason,
                 sequence.num_prompt,
                 sequence.cached,
-                sequence.num_new,
+                after,
             )
         )
 

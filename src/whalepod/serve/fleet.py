@@ -41,6 +41,7 @@ class Fleet:
         self._speakers = [replicas.index(replica) for replica in range(layout.num_replicas)]
         self._jobs: dict[int, tuple[Core, Job]] = {}
         self._events: list[list[Any]] = []
+        self._queued = [0] * len(self.cores)  # requests in them
         self._next_number = 0
 
     # ------------------------------------------------------------------- the first rank
@@ -60,15 +61,13 @@ class Fleet:
 
     def add(self, request: Request, ends: frozenset[int] = frozenset()) -> Job:
         """Queues a request with the replica that has the fewest. Raises UserError for what cannot be done."""
-        loads = [core.load for core in self.cores]
-        for event in self._events:
-            if event[0] == "add":
-                loads[event[2]] += 1
+        loads = [core.load + queued for core, queued in zip(self.cores, self._queued, strict=True)]
         replica = loads.index(min(loads))
         job = self.cores[replica].admit(request, ends)
         job.number = self._next_number
         self._next_number += 1
         self._jobs[job.number] = (self.cores[replica], job)
+        self._queued[replica] += 1
         self._events.append(["add", job.number, replica, asdict(job.request), sorted(job.ends)])
         return job
 
@@ -85,6 +84,7 @@ class Fleet:
     def step(self) -> list[Job]:
         """One pass of the model. Returns the jobs that got tokens, with them in `picked`."""
         events, self._events = self._events, []
+        self._queued = [0] * len(self.cores)
         return self._step(events) or []
 
     def stop(self) -> None:
@@ -120,7 +120,8 @@ class Fleet:
             return []
         runs, jobs = plans[self._own]
         own = self._runner.run(runs, [job.wish for job in jobs])
-        everyones = self._exchanged(own) if len(self.cores) > 1 else [own]
+        # Of one replica too: equal logits need not draw equal tokens on every device.
+        everyones = self._exchanged(own) if self._world.size > 1 else [own]
         changed = []
         for core, plan, following in zip(self.cores, plans, everyones, strict=True):
             changed += core.apply(*plan, following)

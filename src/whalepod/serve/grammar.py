@@ -6,6 +6,7 @@ of the grammar any more. EOS is among those that are left when it is one.
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
@@ -33,9 +34,9 @@ class GrammarMask:
         self._matcher.fill_next_token_bitmask(self._bits)
         self._library.apply_token_bitmask_inplace(logits_V.unsqueeze(0), self._bits.to(logits_V.device))
 
-    def accept(self, token: int) -> None:
-        accepted = self._matcher.accept_token(token)
-        assert accepted, f"token {token} is not in the grammar"
+    def accept(self, token: int) -> bool:
+        """Whether the token fits; it does, unless the grammar had none to offer."""
+        return bool(self._matcher.accept_token(token))
 
 
 class Grammars:
@@ -48,6 +49,8 @@ class Grammars:
 
     def mask(self, grammar: Grammar) -> GrammarMask:
         """Raises UserError for a grammar that the library does not take."""
+        if self._tokenizer.eos_id is None:
+            raise UserError("the tokenizer has no EOS, with which output of a grammar ends")
         import xgrammar
 
         with self._lock:  # the library's compiler keeps its own cache
@@ -61,6 +64,7 @@ class Grammars:
                 matcher = xgrammar.GrammarMatcher(compiled)
             except Exception as error:  # the library has no common class for them
                 line = (str(error).splitlines() or [type(error).__name__])[0]
+                line = re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", line)
                 raise UserError(
                     f"the {grammar.kind.replace('_', ' ')} cannot be used: {line}"[:300]
                 ) from None
@@ -70,8 +74,11 @@ class Grammars:
         import xgrammar
 
         if self._compiler is None:
-            inner, eos = self._tokenizer.inner, self._tokenizer.eos_id
-            vocabulary = [inner.id_to_token(i) or "" for i in range(self._tokenizer.vocab_size)]
+            inner, eos, special = self._tokenizer.inner, self._tokenizer.eos_id, self._tokenizer.special_ids
+            # Special tokens are not text: none of them may stand for theirs.
+            vocabulary = [
+                "" if i in special else inner.id_to_token(i) or "" for i in range(self._tokenizer.vocab_size)
+            ]
             kind = xgrammar.VocabType
             info = xgrammar.TokenizerInfo(
                 vocabulary,

@@ -15,8 +15,8 @@ class Mask(Protocol):
         """Rules out, in place, tokens that may not come next."""
         ...
 
-    def accept(self, token: int) -> None:
-        """Takes the token that was picked."""
+    def accept(self, token: int) -> bool:
+        """Takes the token that was picked; False if it does not fit, because none did."""
         ...
 
 

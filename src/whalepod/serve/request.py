@@ -49,10 +49,8 @@ class Sampling:
             raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p must be between 0 and 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty <= 100:
-            raise UserError(
-                f"repetition_penalty must be above 0 and at most 100, not {self.repetition_penalty}"
-            )
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UserError(f"repetition_penalty must be between 0.01 and 100, not {self.repetition_penalty}")
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise UserError(f"{name} must be between -2 and 2, not {getattr(self, name)}")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from whalepod.serve.request import Sampling
 
+COLDEST = 1e-4
+"""A lower temperature is greedy: there is nothing else to draw."""
 LIKELY = 1024
 """Tokens to sort at first: what top_p and min_p leave is mostly among them, and a vocabulary is dear to
 sort."""
@@ -38,13 +40,15 @@ def penalized(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], outpu
 def pick(logits_NV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:
     """A token for each row of logits, by its Sampling (penalties aside) and its number in [0, 1)."""
     picked = logits_NV.argmax(-1)
-    drawn = [i for i, s in enumerate(samplings) if s.temperature > 0]
+    drawn = [i for i, s in enumerate(samplings) if s.temperature >= COLDEST]
     if drawn:
         device = logits_NV.device
         own = [samplings[i] for i in drawn]
         temperatures = torch.tensor([s.temperature for s in own], device=device)
         u = torch.tensor([uniforms[i] for i in drawn], device=device, dtype=torch.float64)
-        probabilities = (logits_NV[drawn].float() / temperatures.unsqueeze(1)).softmax(-1)
+        scores = logits_NV[drawn].float()
+        scores = (scores - scores.amax(-1, keepdim=True)) / temperatures.unsqueeze(1)
+        probabilities = scores.softmax(-1)
         picked[drawn] = _draw(probabilities, own, u)
     return picked.tolist()
 

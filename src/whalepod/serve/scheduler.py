@@ -95,13 +95,17 @@ class Scheduler:
         left = self.max_step_tokens
         # Those that write come before those that are read in, or a long prompt would hold them up.
         order = sorted(self.running, key=lambda each: each.missing > 1)
-        for sequence in order:
+        for place, sequence in enumerate(order):
             if left == 0:
                 break
             if sequence not in self.running:  # preempted for the sake of another
                 continue
-            run = self._run(sequence, left, others=sequence is not order[-1] or bool(self.waiting))
+            later = len(order) - place - 1
+            run = self._run(sequence, left, others=later > 0 or bool(self.waiting), later=later)
             while not self.pool.extend(sequence.holding, run.end):
+                if run.drafts:  # not for a guess's sake
+                    run = run._replace(drafts=())
+                    continue
                 youngest = self.running[-1]
                 self._preempt(youngest)
                 if (dropped := runs.pop(id(youngest), None)) is not None:
@@ -131,7 +135,7 @@ class Scheduler:
             sequence.computed = found
             if not sequence.num_new:
                 sequence.cached = found
-            run = self._run(sequence, left, others=len(self.waiting) > 1)
+            run = self._run(sequence, left, others=len(self.waiting) > 1, later=0)
             extended = self.pool.extend(sequence.holding, run.end)
             assert extended
             self.waiting.popleft()
@@ -139,13 +143,14 @@ class Scheduler:
             left -= run.count + len(run.drafts)
             yield run
 
-    def _run(self, sequence: Sequence, left: int, others: bool) -> Run:
-        """others: whether more are to be read in, for whom a prompt leaves half of the step."""
+    def _run(self, sequence: Sequence, left: int, others: bool, later: int) -> Run:
+        """others: whether more are to be read in, for whom a prompt leaves half of the step. later: sequences
+        that come after it and need a token each, before which no guess goes."""
         count = min(sequence.missing, left)
         if others and sequence.missing > left // 2:
             count = min(sequence.missing, max(1, left // 2))
         writes = count == sequence.missing
-        room = min(left - count, sequence.max_tokens - len(sequence.tokens) - 1)
+        room = min(left - count - later, sequence.max_tokens - len(sequence.tokens) - 1)
         drafts = sequence.drafts[:room] if writes and room > 0 else ()
         return Run(sequence, sequence.computed, count, drafts, writes)
 

@@ -6,6 +6,8 @@ Otherwise a layout of several devices starts the others as local processes. They
 
 from __future__ import annotations
 
+import json
+import math
 import multiprocessing
 import os
 import signal
@@ -13,7 +15,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +65,22 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a device's memory is spent on. tokens: that the caches of all replicas hold."""
+    """What a device's memory is spent on. tokens: that the cache of each replica holds."""
 
     weights_gib: float
     cache_gib: float
     free_gib: float
     tokens: int
+    replicas: int
     max_positions: int
 
     def __str__(self) -> str:
         longest = min(self.tokens, self.max_positions)
+        each = f" in each of {self.replicas} replicas" if self.replicas > 1 else ""
         return (
             f"{self.weights_gib:.2f} GiB of weights and {self.cache_gib:.2f} GiB of cache on each device, of "
-            f"{self.free_gib:.1f} GiB free: {self.tokens:,} tokens, as many as {self.tokens // longest:,} "
-            f"sequences of {longest:,}"
+            f"{self.free_gib:.1f} GiB free: {self.tokens:,} tokens{each}, as many as "
+            f"{self.tokens // longest:,} sequences of {longest:,}"
         )
 
 
@@ -91,22 +95,22 @@ def open_engine(config: EngineConfig, say: Say = lambda text: None) -> Iterator[
     """A running engine; None on ranks that only follow, when they are through. Raises UserError for what
     cannot be served, before anything is loaded."""
     spec = _spec(config)
-    tokens = 0
+    tokens, dtype = 0, ""
     if os.environ.get("RANK", "0") == "0":
         fit = plan_memory(config, spec)
         say(f"{spec.name}: {fit}")
-        tokens = fit.tokens
+        tokens, dtype = fit.tokens, "fp32" if _dtype(config, spec) == torch.float32 else "bf16"
     with _workers(config), _threads(config):
         device = local_device(config.device)
         with open_mesh(config.layout, device) as mesh:
             # What is free differs from rank to rank, and all keep the same books.
-            tokens = int(mesh.world.share(str(tokens).encode())[0])
+            tokens, dtype = json.loads(mesh.world.share(json.dumps([tokens, dtype]).encode())[0])
+            config = replace(config, dtype=dtype)
             inference = _load(config, spec, mesh)
             tokenizer = load_tokenizer(config.path)
             grammars = Grammars(tokenizer, spec.vocab_size)
-            replicas = config.layout.num_replicas
             core = CoreConfig(
-                num_pages=tokens // replicas // PAGE_SIZE,
+                num_pages=tokens // PAGE_SIZE,
                 max_running=config.max_running,
                 max_step_tokens=config.max_step_tokens,
                 speculate=config.speculate,
@@ -145,6 +149,8 @@ def plan_memory(config: EngineConfig, spec: ModelSpec) -> Fit:
         )
     wanted = config.max_running * spec.max_position_embeddings * a_token
     cache = min(left * CACHE_SHARE, wanted) if config.cache_gib is None else config.cache_gib * GIB
+    if not math.isfinite(cache):
+        raise UserError(f"a cache of {config.cache_gib} GiB is no number of bytes")
     if cache > left:
         raise UserError(
             f"a cache of {cache / GIB:.2f} GiB does not fit beside {weights / GIB:.1f} GiB of weights in "
@@ -155,8 +161,8 @@ def plan_memory(config: EngineConfig, spec: ModelSpec) -> Fit:
         raise UserError(
             f"a cache of {cache / GIB:.4f} GiB holds no page of {PAGE_SIZE} tokens: make it larger"
         )
-    tokens = pages * PAGE_SIZE * layout.num_replicas
-    return Fit(weights / GIB, cache / GIB, free / GIB, tokens, spec.max_position_embeddings)
+    tokens, positions = pages * PAGE_SIZE, spec.max_position_embeddings
+    return Fit(weights / GIB, cache / GIB, free / GIB, tokens, layout.num_replicas, positions)
 
 
 def _remedy(config: EngineConfig, dtype: torch.dtype) -> str:

@@ -167,6 +167,11 @@ def _check_folder(folder: Path, spec: ModelSpec, config: RunConfig, restart: boo
         raise UserError(
             f"out: {folder} holds checkpoints of a run with another `lora`; choose another or --restart"
         )
+    if config.lora.r and before.train.start_from != _found_from_anywhere(config).train.start_from:
+        raise UserError(
+            f"out: {folder} holds adapters of {before.train.start_from}, not of {config.train.start_from}; "
+            "choose another folder or --restart"
+        )
     if before.data != config.data or before.train.seed != config.train.seed:
         raise UserError(
             f"out: {folder} holds checkpoints of a run with other data or another seed; "
