@@ -18,7 +18,7 @@ import torch
 from record import save
 from torch import nn
 
-from whalepod.precision.packed import pack
+from whalepod.serve.packed import pack
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "packed.json"
 ROWS, COLUMNS, COUNT, ROUNDS = 4096, 1024, 96, 5

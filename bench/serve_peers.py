@@ -27,9 +27,9 @@ from record import save
 from whalepod.parallel.inference import whole
 from whalepod.parallel.mesh import make_mesh
 from whalepod.parallel.weights import build_model
-from whalepod.precision.packed import pack, packs_here
 from whalepod.serve.core import PAGE_SIZE, CoreConfig
 from whalepod.serve.fleet import Fleet
+from whalepod.serve.packed import pack, packs_here
 from whalepod.serve.request import Request
 from whalepod.spec.counts import active_params, params
 from whalepod.spec.layout import Layout

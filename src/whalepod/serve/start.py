@@ -26,12 +26,12 @@ from whalepod.parallel.inference import Inference, check_serving, spread, whole
 from whalepod.parallel.mesh import Mesh, local_device, open_mesh
 from whalepod.parallel.parallelize import DTYPES, Initial
 from whalepod.parallel.weights_initial import StoredWeights
-from whalepod.precision.packed import pack, packs_here
 from whalepod.serve.core import PAGE_SIZE, CoreConfig
 from whalepod.serve.engine import Engine
 from whalepod.serve.fleet import Fleet
 from whalepod.serve.generate import load_model
 from whalepod.serve.grammar import Grammars
+from whalepod.serve.packed import pack, packs_here
 from whalepod.serve.paged import token_bytes
 from whalepod.spec.counts import GIB, params, weight_bytes
 from whalepod.spec.errors import UserError

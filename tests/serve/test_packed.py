@@ -11,9 +11,9 @@ from whalepod.models.moe import GroupedExperts, Rows
 from whalepod.models.transformer import Transformer, init_weights
 from whalepod.parallel.inference import whole
 from whalepod.parallel.mesh import make_mesh
-from whalepod.precision.packed import PackedExperts, PackedLinear, pack, packs_here
 from whalepod.serve.core import CoreConfig
 from whalepod.serve.fleet import Fleet
+from whalepod.serve.packed import PackedExperts, PackedLinear, pack, packs_here
 from whalepod.serve.request import Request
 from whalepod.spec.layout import Layout
 from whalepod.spec.presets import load_model_spec
