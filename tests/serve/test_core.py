@@ -57,8 +57,8 @@ def model_of(kind: str) -> Transformer:
     return model.eval().requires_grad_(False)
 
 
-def fleet(model: Transformer, config: CoreConfig) -> Fleet:
-    return Fleet(whole(model, make_mesh(Layout(), torch.device("cpu"))), config)
+def fleet(model: Transformer, config: CoreConfig, *more: Any) -> Fleet:
+    return Fleet(whole(model, make_mesh(Layout(), torch.device("cpu"))), config, *more)
 
 
 def alone(model: Transformer, prompt: list[int], count: int) -> list[int]:

@@ -17,6 +17,7 @@ from test_core import fleet
 from whalepod.models.transformer import Transformer, init_weights
 from whalepod.serve.core import CoreConfig
 from whalepod.serve.engine import Engine
+from whalepod.serve.grammar import Grammars
 from whalepod.serve.output import Output
 from whalepod.serve.request import Busy, Chunk, Draining, Grammar, Request, Sampling
 from whalepod.spec.errors import UserError
@@ -55,7 +56,8 @@ def model() -> Transformer:
 
 @pytest.fixture
 def engine(model: Transformer, tokenizer: Tokenizer) -> Iterator[Engine]:
-    engine = Engine(fleet(model, CoreConfig(num_pages=64, page_size=16, max_running=4)), tokenizer, 2)
+    config, grammars = CoreConfig(num_pages=64, page_size=16, max_running=4), Grammars(tokenizer, 512)
+    engine = Engine(fleet(model, config, grammars.mask), tokenizer, 2)
     yield engine
     engine.close()
 
@@ -167,9 +169,9 @@ def test_a_grammars_end_is_the_end(engine: Engine, tokenizer: Tokenizer) -> None
     assert engine.failure is None
 
 
-def test_special_tokens_are_no_text_of_a_grammar(engine: Engine, tokenizer: Tokenizer) -> None:
+def test_special_tokens_are_no_text_of_a_grammar(tokenizer: Tokenizer) -> None:
     assert tokenizer.bos_id is not None
-    mask = engine._grammars.mask(Grammar("regex", "[^a]{40}"))
+    mask = Grammars(tokenizer, 512).mask(Grammar("regex", "[^a]{40}"))
     logits = torch.zeros(512)
     mask.apply(logits)
     assert logits[tokenizer.bos_id] == float("-inf")

@@ -39,7 +39,7 @@ def test_cached_absorbed_decode_equals_the_full_forward(run) -> None:
 
 
 def test_text_streams_and_repeats_by_seed(run) -> None:
-    model, tokenizer = load_model(run)
+    model, tokenizer = load_model(run, "fp32")
     pieces: list[str] = []
     first = generate(model, tokenizer, "def ", 32, Sampling(1.0, seed=3), pieces.append)
     assert "".join(pieces) == first.text

@@ -107,7 +107,8 @@ def dry_run(
     return replace(run, findings=tuple(findings(job, layout, measured, needs, plan.warnings)))
 
 
-def _check(config: RunConfig, spec: ModelSpec, layout: Layout, cluster: Cluster, rank: int | None) -> None:
+def check_cluster(layout: Layout, cluster: Cluster) -> None:
+    """Raises UserError for a layout of another size than the cluster, or beyond what is run dry."""
     if layout.num_devices != cluster.num_gpus:
         sizes = " x ".join(
             f"{a} {getattr(layout, a)}" for a in ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -118,6 +119,10 @@ def _check(config: RunConfig, spec: ModelSpec, layout: Layout, cluster: Cluster,
         )
     if layout.num_devices > MAX_RANKS:
         raise UserError(f"a dry run is of at most {MAX_RANKS} ranks, not {layout.num_devices}")
+
+
+def _check(config: RunConfig, spec: ModelSpec, layout: Layout, cluster: Cluster, rank: int | None) -> None:
+    check_cluster(layout, cluster)
     if rank is not None and not 0 <= rank < layout.num_devices:
         raise UserError(f"--rank must be from 0 to {layout.num_devices - 1}, not {rank}")
     length = config.data.sequence_length

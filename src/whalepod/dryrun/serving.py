@@ -15,7 +15,7 @@ import torch
 
 from whalepod.dryrun.norms import fuse_norms
 from whalepod.dryrun.role import stage_name
-from whalepod.dryrun.roles import measure_all, one_of_each
+from whalepod.dryrun.roles import check_cluster, measure_all, one_of_each
 from whalepod.dryrun.routing import draw_picks, settle
 from whalepod.dryrun.tally import Counts, Tally
 from whalepod.dryrun.world import answers, pretend
@@ -109,11 +109,7 @@ def serving_dry_run(
     progress: Progress | None = None,
 ) -> ServingDryRun:
     """Raises UserError for a layout that the model, the cluster or serving cannot have."""
-    if layout.num_devices != cluster.num_gpus:
-        raise UserError(
-            f"the layout is for {layout.num_devices} devices, but --gpus says {cluster.num_gpus}; change the "
-            f"layout, or use --gpus {layout.num_devices}x{cluster.gpu.name}"
-        )
+    check_cluster(layout, cluster)
     check_serving(spec, layout)
     if load.context + 1 > spec.max_position_embeddings or load.prefill > spec.max_position_embeddings:
         raise UserError(f"{spec.name} has {spec.max_position_embeddings} positions")

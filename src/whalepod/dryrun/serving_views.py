@@ -8,19 +8,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from whalepod.dryrun.serving import ServingDryRun, ServingRole, Step
-from whalepod.dryrun.views import counts_json
+from whalepod.dryrun.views import counts_json, job_json
 from whalepod.spec.counts import GIB
 
 
 def serving_json(run: ServingDryRun) -> dict[str, Any]:
     """Stable keys, units in their names; `memory_gib` is with what libraries take besides tensors."""
-    layout, load = run.layout, run.load
+    load = run.load
     return {
-        "model": run.spec.name,
-        "gpu": run.cluster.gpu.name,
-        "num_gpus": run.cluster.num_gpus,
-        "layout": {name: getattr(layout, name) for name in layout.__dataclass_fields__},
-        "ranks_per_role": run.same,
+        **job_json(run.spec, run.cluster, run.layout, run.same),
         "load": {"batch": load.batch, "context_tokens": load.context, "prefill_tokens": load.prefill},
         "roles": [_role(run, role) for role in run.roles],
         "sequences_that_fit": min(run.room(role) for role in run.roles),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from whalepod.dryrun.roles import DryRun
 from whalepod.dryrun.tally import Counts
 from whalepod.spec.counts import GIB
 from whalepod.spec.errors import UserError
+from whalepod.spec.hardware import Cluster
+from whalepod.spec.layout import Layout
+from whalepod.spec.model import ModelSpec
 from whalepod.spec.schedule import actions_of
 
 CATEGORIES = ("weights", "optimizer", "gradients", "gathered", "activations", "working")
@@ -22,13 +26,8 @@ COLORS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")
 
 def dryrun_json(run: DryRun) -> dict[str, Any]:
     """Stable keys, units in their names; `memory_gib` is with what libraries take besides tensors."""
-    layout = run.layout
     return {
-        "model": run.spec.name,
-        "gpu": run.cluster.gpu.name,
-        "num_gpus": run.cluster.num_gpus,
-        "layout": {name: getattr(layout, name) for name in layout.__dataclass_fields__},
-        "ranks_per_role": run.same,
+        **job_json(run.spec, run.cluster, run.layout, run.same),
         "roles": [_role_json(run, role) for role in run.roles],
         "step_s": run.plan.step.seconds,
         "tokens_per_s": run.plan.tokens_per_s,
@@ -58,6 +57,16 @@ def _role_json(run: DryRun, role: Measured) -> dict[str, Any]:
         "memory_over_step": [
             {"at": at, **{k: v / GIB for k, v in held.items() if v}} for at, held in role.timeline
         ],
+    }
+
+
+def job_json(spec: ModelSpec, cluster: Cluster, layout: Layout, same: int) -> dict[str, Any]:
+    return {
+        "model": spec.name,
+        "gpu": cluster.gpu.name,
+        "num_gpus": cluster.num_gpus,
+        "layout": asdict(layout),
+        "ranks_per_role": same,
     }
 
 

@@ -17,17 +17,13 @@ from torch import Tensor
 
 from whalepod.models.attention import Attend, Attention
 from whalepod.models.transformer import Transformer
-from whalepod.parallel.context import context_attend
 from whalepod.parallel.mesh import Mesh
-from whalepod.parallel.parallelize import Initial, Part, fill, spread_experts
-from whalepod.parallel.sharding import Held, shard_parameters
-from whalepod.parallel.stage import Stage, make_stages, tie_stages
-from whalepod.parallel.tensor import split_tensors
+from whalepod.parallel.parallelize import Initial, Part, fill, place
+from whalepod.parallel.stage import Stage, tie_stages
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.schedule import rank_of_stage
-from whalepod.spec.stages import split_stages
 
 
 class Inference:
@@ -145,15 +141,8 @@ def spread(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, initial: Initial) ->
     with torch.device("meta"):
         model = Transformer(spec)
     model.eval().requires_grad_(False)
-    parts: list[Part] = [model]
-    if layout.pp > 1:
-        split = split_stages(spec, layout.num_stages, 1, layout.stage_layers)
-        parts = [*make_stages(model, split, layout.schedule, mesh["pp"], context_attend(mesh["cp"]))]
-    held: dict[str, Held] = {}
+    parts, held = place(model, mesh, 1, dtype)
     for part in parts:
-        held |= shard_parameters(part, mesh, dtype)
-        split_tensors(part, mesh)
-        spread_experts(part, mesh)
         fill(part, "", held, initial, mesh.device)
         part.eval()
     if layout.pp > 1:

@@ -224,16 +224,9 @@ def parallelize(
     layout = mesh.layout
     if lora is not None and lora.r:
         add_adapters(model, lora)
-    parts: list[Part] = [model]
-    if layout.pp > 1:
-        split = split_stages(model.spec, layout.num_stages, sequence_length, layout.stage_layers)
-        parts = [*make_stages(model, split, layout.schedule, mesh["pp"], context_attend(mesh["cp"]))]
-    held: dict[str, Held] = {}
     dtype = DTYPES[layout.precision]
+    parts, held = place(model, mesh, sequence_length, dtype)
     for part in parts:
-        held |= shard_parameters(part, mesh, dtype)
-        split_tensors(part, mesh)
-        spread_experts(part, mesh)
         if layout.precision == "fp8":
             compute_in_fp8(part, fp8 or FP8Config())
         apply_recompute(part, layout.recompute, mesh.traffic)
@@ -254,7 +247,25 @@ def parallelize(
     return Parallel(parts, state, model.spec, mesh)
 
 
-def spread_experts(part: nn.Module, mesh: Mesh) -> None:
+def place(
+    model: Transformer, mesh: Mesh, sequence_length: int, frozen: torch.dtype
+) -> tuple[list[Part], dict[str, Held]]:
+    """What this rank has of a model, for training and for inference alike: its parts, with parameters cut
+    (those not trained of type `frozen`) and the moves of `tp` and `ep` around them; what it holds of each."""
+    layout = mesh.layout
+    parts: list[Part] = [model]
+    if layout.pp > 1:
+        split = split_stages(model.spec, layout.num_stages, sequence_length, layout.stage_layers)
+        parts = [*make_stages(model, split, layout.schedule, mesh["pp"], context_attend(mesh["cp"]))]
+    held: dict[str, Held] = {}
+    for part in parts:
+        held |= shard_parameters(part, mesh, frozen)
+        split_tensors(part, mesh)
+        _spread_experts(part, mesh)
+    return parts, held
+
+
+def _spread_experts(part: nn.Module, mesh: Mesh) -> None:
     dispatcher = make_dispatcher(mesh)
     for module in part.modules():
         if not isinstance(module, MoELayer):

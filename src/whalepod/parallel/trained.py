@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from torch import Tensor
 from whalepod.models.lora import A, B, add_adapters, is_adapter
 from whalepod.models.moe import routers
 from whalepod.models.transformer import Transformer
-from whalepod.parallel.checkpoint import path_of, read_tensors, saved_buffers, steps_saved
+from whalepod.parallel.checkpoint import Part, path_of, read_tensors, saved_buffers, steps_saved
 from whalepod.parallel.sharding import Box
+from whalepod.parallel.state import Piece
 from whalepod.parallel.weights_initial import StoredWeights
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import ModelSpec
@@ -31,6 +32,10 @@ class Adapters(NamedTuple):
     base: str
     by_path: dict[str, tuple[Tensor, Tensor]]
 
+    @property
+    def scale(self) -> float:
+        return self.config.alpha / self.config.r
+
 
 def read_adapters(folder: Path, spec: ModelSpec) -> Adapters | None:
     """The adapters of a run's newest checkpoint; None of a run that trained the weights themselves."""
@@ -47,27 +52,40 @@ def read_adapters(folder: Path, spec: ModelSpec) -> Adapters | None:
     return Adapters(config.lora, config.train.start_from, {p: (found[p + A], found[p + B]) for p in paths})
 
 
+class Trained:
+    """A run's weights and biases as `spread` asks for them: of each what a rank holds, FP32, with adapters
+    added. Raises UserError where there is none."""
+
+    def __init__(self, folder: Path, spec: ModelSpec) -> None:
+        self._checkpoint, self._adapters = _newest(folder), read_adapters(folder, spec)
+        self._base = None if self._adapters is None else StoredWeights(self._adapters.base, spec)
+
+    def __call__(self, name: str, box: Box) -> Tensor:
+        if self._base is None or self._adapters is None:
+            out = torch.zeros(box.shape)
+            if out.numel():
+                read_tensors(self._checkpoint, {f"model/{name}": Part(Piece(out, box))})
+            return out
+        out = self._base(name, box)
+        pair = self._adapters.by_path.get(name.removesuffix(".weight"))
+        if pair is not None:
+            rows, columns = box.slices
+            out.addmm_(pair[1][rows], pair[0][:, columns], alpha=self._adapters.scale)
+        return out
+
+
 def read_model(folder: Path, spec: ModelSpec) -> Transformer:
     """The model of a run's newest checkpoint: FP32 on the CPU, without optimiser state."""
-    path = _newest(folder)
+    trained = Trained(folder, spec)
     with torch.device("meta"):
         model = Transformer(spec)
     model.to_empty(device="cpu")
     for router in routers(model):
         router.load.zero_()
-    adapters = read_adapters(folder, spec)
-    wanted = dict(model.named_parameters()) | saved_buffers(model)
-    if adapters is None:
-        read_tensors(path, {f"model/{name}": tensor.detach() for name, tensor in wanted.items()})
-        return model
-    stored = StoredWeights(adapters.base, spec)
     with torch.no_grad():
-        for name, tensor in wanted.items():
+        for name, tensor in (dict(model.named_parameters()) | saved_buffers(model)).items():
             shape = tuple(tensor.shape)
-            tensor.copy_(stored(name, Box(shape, (0,) * len(shape), shape)))
-        for layer, (a, b) in adapters.by_path.items():
-            weight: Any = model.get_submodule(layer).weight
-            weight.addmm_(b, a, alpha=adapters.config.alpha / adapters.config.r)
+            tensor.copy_(trained(name, Box(shape, (0,) * len(shape), shape)))
     return model
 
 

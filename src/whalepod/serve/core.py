@@ -77,7 +77,7 @@ class Core:
 
     def begin(self, job: Job, make_mask: Callable[[Grammar], Mask]) -> None:
         """Queues a job."""
-        if job.request.grammar is not None:
+        if job.request.grammar is not None and job.wish.mask is None:
             job.wish = replace(job.wish, mask=make_mask(job.request.grammar))
         self.scheduler.add(job.sequence)
         self._jobs[id(job.sequence)] = job

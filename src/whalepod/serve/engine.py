@@ -17,8 +17,8 @@ from queue import SimpleQueue
 
 from whalepod.serve.core import Job
 from whalepod.serve.fleet import Fleet
-from whalepod.serve.grammar import Grammars
 from whalepod.serve.output import Output
+from whalepod.serve.picked import Mask
 from whalepod.serve.request import Busy, Chunk, Draining, FinishReason, Request, Stats
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import ModelSpec
@@ -35,18 +35,15 @@ class _Stream:
     request: Request
     put: Callable[[Event], None]
     output: Output
+    mask: Mask | None
     job: Job | None = None
 
 
 class Engine:
     """Serves a model (a Fleet) and its tokenizer. max_waiting: requests that may wait for their turn."""
 
-    def __init__(
-        self, fleet: Fleet, tokenizer: Tokenizer, max_waiting: int = 1024, grammars: Grammars | None = None
-    ) -> None:
+    def __init__(self, fleet: Fleet, tokenizer: Tokenizer, max_waiting: int = 1024) -> None:
         self._fleet, self.tokenizer, self._max_waiting = fleet, tokenizer, max_waiting
-        self._grammars = grammars or Grammars(tokenizer, fleet.spec.vocab_size)
-        fleet.make_mask = self._grammars.mask
         self._ends = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
         self._wake = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -71,16 +68,13 @@ class Engine:
             with suppress(RuntimeError):  # the loop is closed by now: nobody waits
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
-        if request.grammar is not None:
-            await asyncio.to_thread(self._grammars.mask, request.grammar)
-        stream = self._submit(request, put)
+        mask = None if request.grammar is None else await asyncio.to_thread(self._mask, request)
+        stream = self._submit(request, put, mask)
         try:
             while True:
-                event = await queue.get()
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-                if event.finish_reason is not None:
+                chunk = _chunk(await queue.get())
+                yield chunk
+                if chunk.finish_reason is not None:
                     return
         finally:
             self._leave(stream)
@@ -88,16 +82,12 @@ class Engine:
     def stream(self, request: Request) -> Iterator[Chunk]:
         """The same for callers without an event loop."""
         queue: SimpleQueue[Event] = SimpleQueue()
-        if request.grammar is not None:
-            self._grammars.mask(request.grammar)
-        stream = self._submit(request, queue.put)
+        stream = self._submit(request, queue.put, self._mask(request))
         try:
             while True:
-                event = queue.get()
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-                if event.finish_reason is not None:
+                chunk = _chunk(queue.get())
+                yield chunk
+                if chunk.finish_reason is not None:
                     return
         finally:
             self._leave(stream)
@@ -114,20 +104,17 @@ class Engine:
         try:
             for number, request in enumerate(requests):
                 texts[number] = ""
-                if request.grammar is not None:
-                    self._grammars.mask(request.grammar)
 
                 def put(event: Event, number: int = number) -> None:
                     queue.put((number, event))
 
-                streams.append(self._submit(request, put, limited=False))
+                streams.append(self._submit(request, put, self._mask(request), limited=False))
             while len(reasons) < len(texts):
                 number, event = queue.get()
-                if isinstance(event, BaseException):
-                    raise event
-                texts[number] += event.text
-                if event.finish_reason is not None:
-                    reasons[number] = event.finish_reason
+                chunk = _chunk(event)
+                texts[number] += chunk.text
+                if chunk.finish_reason is not None:
+                    reasons[number] = chunk.finish_reason
                     if on_done is not None:
                         on_done(number, texts[number])
         finally:
@@ -177,8 +164,14 @@ class Engine:
 
     # ------------------------------------------------------------------- between the two
 
-    def _submit(self, request: Request, put: Callable[[Event], None], limited: bool = True) -> _Stream:
-        stream = _Stream(request, put, Output(self.tokenizer, request.stop))
+    def _mask(self, request: Request) -> Mask | None:
+        """Compiled by who asks, and not by the thread on which everyone waits."""
+        return None if request.grammar is None else self._fleet.make_mask(request.grammar)
+
+    def _submit(
+        self, request: Request, put: Callable[[Event], None], mask: Mask | None, limited: bool = True
+    ) -> _Stream:
+        stream = _Stream(request, put, Output(self.tokenizer, request.stop), mask)
         with self._wake:
             if self.failure is not None:
                 raise RuntimeError("the engine is broken") from self.failure
@@ -232,7 +225,7 @@ class Engine:
             # A grammar's end is EOS, and nothing may follow it.
             goes_on = stream.request.ignore_eos and stream.request.grammar is None
             ends = frozenset() if goes_on else self._ends
-            stream.job = self._fleet.add(stream.request, ends)
+            stream.job = self._fleet.add(stream.request, ends, stream.mask)
         except UserError as error:
             self._over(stream)
             stream.put(error)
@@ -292,3 +285,9 @@ class Engine:
             self._wake.notify_all()
         for stream in waiting:
             stream.put(error)
+
+
+def _chunk(event: Event) -> Chunk:
+    if isinstance(event, BaseException):
+        raise event
+    return event

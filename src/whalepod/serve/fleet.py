@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from whalepod.parallel.inference import Inference
@@ -59,11 +59,13 @@ class Fleet:
         """Of a token's rows in the cache of this rank."""
         return self._runner.cache.token_bytes
 
-    def add(self, request: Request, ends: frozenset[int] = frozenset()) -> Job:
-        """Queues a request with the replica that has the fewest. Raises UserError for what cannot be done."""
+    def add(self, request: Request, ends: frozenset[int] = frozenset(), mask: Mask | None = None) -> Job:
+        """Queues a request with the replica that has the fewest; mask: of its grammar, if it is made already.
+        Raises UserError for what cannot be done."""
         loads = [core.load + queued for core, queued in zip(self.cores, self._queued, strict=True)]
         replica = loads.index(min(loads))
         job = self.cores[replica].admit(request, ends)
+        job.wish = replace(job.wish, mask=mask)
         job.number = self._next_number
         self._next_number += 1
         self._jobs[job.number] = (self.cores[replica], job)

@@ -18,12 +18,13 @@ from whalepod.parallel.weights import build_model
 from whalepod.serve.core import PAGE_SIZE, CoreConfig
 from whalepod.serve.engine import Engine
 from whalepod.serve.fleet import Fleet
+from whalepod.serve.packed import pack, packs_here
 from whalepod.serve.request import Request, Sampling
 from whalepod.spec.counts import weight_bytes
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
 from whalepod.spec.machine import main_memory
-from whalepod.spec.model import read_config
+from whalepod.spec.model import ModelSpec, read_config
 from whalepod.text.tokenizer import Tokenizer, load_tokenizer
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -44,8 +45,7 @@ class Generated:
 def load_model(path: str | Path, dtype: str = "auto", device: str = "auto") -> tuple[Transformer, Tokenizer]:
     """Model (evaluation mode) and tokenizer of a run's folder or a Hugging Face folder.
 
-    dtype: `bf16`, `fp32`, or `auto`: BF16 on CUDA; elsewhere FP32, which CPUs multiply vectors
-    faster with, unless the weights would fill more than half of the free memory.
+    dtype: `bf16`, `fp32`, or `auto` (`usual_dtype`). BF16 is packed where that helps (`packed.py`).
     """
     path = Path(path)
     if not path.is_dir():
@@ -55,14 +55,24 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "auto") -> t
     spec = read_config(path)
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        dtype = "bf16" if kind == "cuda" or 4 * weight_bytes(spec) > main_memory("MemAvailable") else "fp32"
+        dtype = usual_dtype(spec, kind)
     if trained.is_run(path):
         model = trained.read_model(path, spec).to(kind)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(_DTYPES[dtype])
     else:
         model = build_model(path, dtype=_DTYPES[dtype], device=kind)
-    return model.eval().requires_grad_(False), load_tokenizer(path)
+    model.eval().requires_grad_(False)
+    if dtype == "bf16" and kind == "cpu" and packs_here():
+        pack(model)
+    return model, load_tokenizer(path)
+
+
+def usual_dtype(spec: ModelSpec, kind: str) -> str:
+    """Of weights on a device of that kind: BF16, but FP32 on CPUs without products in BF16, unless the
+    weights would fill more than half of the free memory."""
+    room = 4 * weight_bytes(spec) <= main_memory("MemAvailable")
+    return "fp32" if kind == "cpu" and room and not packs_here() else "bf16"
 
 
 def generate_ids(

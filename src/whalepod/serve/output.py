@@ -37,13 +37,9 @@ class Output:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        longest = max(map(len, self._stop)) - 1
-        for size in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self._stop):
-                self._held = text[-size:]
-                return text[:-size]
-        self._held = ""
-        return text
+        known = settled(text, self._stop)
+        self._held = text[known:]
+        return text[:known]
 
     def infos(self, picked: Iterable[Picked], wanted: bool) -> tuple[TokenInfo, ...]:
         """Tokens as a client sees them; with their texts only if logprobs are `wanted`."""
@@ -61,3 +57,11 @@ class Output:
 
     def _text(self, token: int) -> str:
         return self._tokenizer.decode([token], skip_special=False)
+
+
+def settled(text: str, marks: tuple[str, ...]) -> int:
+    """How much of `text` cannot be part of a mark whose rest is still to come."""
+    for size in range(min(len(text), max(map(len, marks)) - 1), 0, -1):
+        if any(mark.startswith(text[-size:]) for mark in marks):
+            return len(text) - size
+    return len(text)

@@ -21,19 +21,20 @@ from typing import Any
 
 import torch
 
-from whalepod.parallel import shm, trained
+from whalepod.parallel import shm
 from whalepod.parallel.inference import Inference, check_serving, spread, whole
 from whalepod.parallel.mesh import Mesh, local_device, open_mesh
-from whalepod.parallel.parallelize import DTYPES, Initial
+from whalepod.parallel.parallelize import DTYPES
+from whalepod.parallel.trained import Trained, is_run
 from whalepod.parallel.weights_initial import StoredWeights
 from whalepod.serve.core import PAGE_SIZE, CoreConfig
 from whalepod.serve.engine import Engine
 from whalepod.serve.fleet import Fleet
-from whalepod.serve.generate import load_model
+from whalepod.serve.generate import load_model, usual_dtype
 from whalepod.serve.grammar import Grammars
 from whalepod.serve.packed import pack, packs_here
 from whalepod.serve.paged import token_bytes
-from whalepod.spec.counts import GIB, params, weight_bytes
+from whalepod.spec.counts import GIB, params
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
 from whalepod.spec.machine import main_memory
@@ -99,7 +100,7 @@ def open_engine(config: EngineConfig, say: Say = lambda text: None) -> Iterator[
     if os.environ.get("RANK", "0") == "0":
         fit = plan_memory(config, spec)
         say(f"{spec.name}: {fit}")
-        tokens, dtype = fit.tokens, "fp32" if _dtype(config, spec) == torch.float32 else "bf16"
+        tokens, dtype = fit.tokens, _dtype(config, spec)
     with _workers(config), _threads(config):
         device = local_device(config.device)
         with open_mesh(config.layout, device) as mesh:
@@ -108,20 +109,19 @@ def open_engine(config: EngineConfig, say: Say = lambda text: None) -> Iterator[
             config = replace(config, dtype=dtype)
             inference = _load(config, spec, mesh)
             tokenizer = load_tokenizer(config.path)
-            grammars = Grammars(tokenizer, spec.vocab_size)
             core = CoreConfig(
                 num_pages=tokens // PAGE_SIZE,
                 max_running=config.max_running,
                 max_step_tokens=config.max_step_tokens,
                 speculate=config.speculate,
             )
-            fleet = Fleet(inference, core, grammars.mask)
+            fleet = Fleet(inference, core, Grammars(tokenizer, spec.vocab_size).mask)
             if not mesh.is_first:
                 with _deaf():
                     fleet.follow()
                 yield None
                 return
-            engine = Engine(fleet, tokenizer, config.max_waiting, grammars)
+            engine = Engine(fleet, tokenizer, config.max_waiting)
             try:
                 yield engine
             finally:
@@ -133,7 +133,7 @@ def plan_memory(config: EngineConfig, spec: ModelSpec) -> Fit:
     layout, device = config.layout, local_device(config.device)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", layout.num_devices))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else main_memory("MemAvailable") / here
-    dtype = _dtype(config, spec)
+    dtype = DTYPES[_dtype(config, spec)]
     counted = params(spec, mtp=True)
     experts = counted.routed_experts / (layout.ep if layout.ep > 1 else layout.tp)
     rest = (counted.total - counted.routed_experts) / layout.tp
@@ -183,32 +183,20 @@ def _spec(config: EngineConfig) -> ModelSpec:
     return spec
 
 
-def _dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
-    if config.dtype != "auto":
-        return DTYPES[config.dtype]
-    on_cuda = local_device(config.device).type == "cuda"
-    room = 4 * weight_bytes(spec) <= main_memory("MemAvailable")
-    return torch.float32 if room and not on_cuda and not packs_here() else torch.bfloat16
+def _dtype(config: EngineConfig, spec: ModelSpec) -> str:
+    return usual_dtype(spec, local_device(config.device).type) if config.dtype == "auto" else config.dtype
 
 
 def _load(config: EngineConfig, spec: ModelSpec, mesh: Mesh) -> Inference:
-    dtype = _dtype(config, spec)
     if config.layout.num_devices == 1:
-        name = "fp32" if dtype == torch.float32 else "bf16"
-        inference = whole(load_model(config.path, name, mesh.device.type)[0], mesh)
-    else:
-        inference = spread(spec, mesh, dtype, _initial(Path(config.path), spec))
-    if dtype == torch.bfloat16 and mesh.device.type == "cpu" and packs_here():
+        return whole(load_model(config.path, config.dtype, mesh.device.type)[0], mesh)
+    path = Path(config.path)
+    stored = Trained(path, spec) if is_run(path) else StoredWeights(path, spec)
+    inference = spread(spec, mesh, DTYPES[config.dtype], stored)
+    if config.dtype == "bf16" and mesh.device.type == "cpu" and packs_here():
         for part in inference.stages.values():
             pack(part)
     return inference
-
-
-def _initial(path: Path, spec: ModelSpec) -> Initial:
-    if not trained.is_run(path):
-        return StoredWeights(path, spec)
-    values = trained.read_model(path, spec).state_dict()
-    return lambda name, box: values[name][box.slices].float()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class ChatTemplate:
 
     def __init__(self, folder: Path | str) -> None:
         self._folder = Path(folder)
-        self._config = _read_config(self._folder / "tokenizer_config.json")
+        self._config = read_settings(self._folder / "tokenizer_config.json")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
         environment.filters["tojson"] = _to_json  # jinja2's own escapes for HTML
@@ -122,7 +122,8 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """A model folder's JSON file of settings; empty where there is none. Raises UserError."""
     try:
         found = json.loads(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):

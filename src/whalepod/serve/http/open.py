@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
@@ -10,14 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from whalepod.serve.http.config import ServerConfig
 from whalepod.serve.http.server import Server, make_app
 from whalepod.serve.request import Sampling
 from whalepod.serve.start import EngineConfig, Say, open_engine
 from whalepod.spec.errors import UserError
-from whalepod.text.chat import ChatTemplate
+from whalepod.text.chat import ChatTemplate, read_settings
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def open_server(config: EngineConfig, options: ServerOptions, say: Say) -> Itera
             model_name=options.model_name or folder.resolve().name,
             api_keys=options.api_keys,
             sampling=defaults,
-            add_bos=_json(folder / "tokenizer_config.json").get("add_bos_token") is True,
+            add_bos=read_settings(folder / "tokenizer_config.json").get("add_bos_token") is True,
             max_prompt_tokens=context,
             max_new_tokens=context,
             max_context_tokens=context,
@@ -98,9 +96,8 @@ def _chat(folder: Path, say: Say) -> ChatTemplate | None:
 
 
 def _defaults(folder: Path) -> Sampling:
-    """What holds where a request says nothing: the API's own defaults, under the folder's generation
-    config."""
-    found = _json(folder / "generation_config.json")
+    """What holds where a request says nothing: of the folder's generation config, else the API's own."""
+    found = read_settings(folder / "generation_config.json")
     wanted = {"temperature": 1.0}
     for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
         value = found.get(name)
@@ -109,11 +106,3 @@ def _defaults(folder: Path) -> Sampling:
     if found.get("do_sample") is False:
         wanted["temperature"] = 0.0
     return Sampling(**wanted)  # type: ignore[arg-type]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"{path} is not JSON") from None
-    return found if isinstance(found, dict) else {}

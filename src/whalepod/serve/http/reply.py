@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from whalepod.serve.output import settled
+
 THINK, THOUGHT = "<think>", "</think>"
 CALLS, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
@@ -115,7 +117,7 @@ class Splitter:
             return self._go(self._call_head, rest)
         if mark:
             return self._go(self._content, rest, trim=True)
-        self._text = self._text[_known(self._text, (CALL, CALLS_END)) :]
+        self._text = self._text[settled(self._text, (CALL, CALLS_END)) :]
         return False
 
     def _call_head(self, last: bool) -> bool:
@@ -185,7 +187,7 @@ class Splitter:
         trim: str | None,
     ) -> None:
         """Lets out what no mark can claim any more; white space at its end waits for what follows."""
-        known = self._text if last else self._text[: _known(self._text, marks)]
+        known = self._text if last else self._text[: settled(self._text, marks)]
         known = known.rstrip(trim)
         self._emit(kind, known)
         self._text = "" if last else self._text[len(known) :]
@@ -227,11 +229,3 @@ class ChosenCall:
             return [Part("call", call["name"]), Part("arguments", json.dumps(call["arguments"]))]
         except (ValueError, TypeError, KeyError, RecursionError):  # cut short
             return [Part("content", self._text)] if self._text else []
-
-
-def _known(text: str, marks: tuple[str, ...]) -> int:
-    """How much of `text` cannot be part of a mark whose rest is still to come."""
-    for size in range(min(len(text), max(map(len, marks)) - 1), 0, -1):
-        if any(mark.startswith(text[-size:]) for mark in marks):
-            return len(text) - size
-    return len(text)
