@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 
 from whalepod import __version__, cli
+from whalepod.cli.base import Commands
 from whalepod.report import family
 from whalepod.spec.model import to_config
 from whalepod.spec.presets import load_model_spec, preset_names
@@ -36,7 +38,7 @@ KEYS = {
 
 def whalepod(*args: str, **options) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "whalepod", *args]
-    source = str(Path(cli.__file__).parents[1])
+    source = str(Path(cli.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": source} | options.pop("env", {})
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=60, check=False, **options
@@ -165,7 +167,7 @@ def test_broken_config_is_one_line_and_exit_2(capsys, tmp_path) -> None:
 
 def test_usage_errors_of_later_commands(monkeypatch, capsys) -> None:
     """Missing arguments and bad values of any command are told the same way."""
-    command = cli.typer.Typer(cls=cli._Commands)
+    command = typer.Typer(cls=Commands)
 
     @command.callback()
     def root() -> None: ...
@@ -215,7 +217,7 @@ def test_closed_pipe_is_quiet(args) -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "whalepod", *args]
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
     with os.fdopen(write, "w") as stdout:
         done = subprocess.run(
             command,
@@ -247,7 +249,7 @@ def test_models_is_fast_and_needs_no_torch() -> None:
         "assert not {'torch', 'numpy', 'transformers', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(code)\n"
     )
-    source = str(Path(cli.__file__).parents[1])
+    source = str(Path(cli.__file__).parents[2])
     best = float("inf")
     for _ in range(3):  # the best of three: the machine is shared
         start = time.perf_counter()
