@@ -237,6 +237,6 @@ def test_plan_needs_neither_torch_nor_matplotlib() -> None:
         "assert not {'torch', 'transformers', 'matplotlib', 'jinja2'} & set(sys.modules)\n"
         "sys.exit(code)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
     command = [sys.executable, "-c", program]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, timeout=60)
