@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import queue
 import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from whalepod.parallel import processes
 
 
 class RankError(AssertionError):
@@ -25,12 +26,12 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = processes.context()
     results: Any = context.Queue()
-    ranks = [
-        context.Process(target=_rank, args=(results, function, rank, num_ranks, port, args), daemon=True)
-        for rank in range(num_ranks)
+    starts = [
+        processes.as_here(_rank, results, function, rank, num_ranks, port, args) for rank in range(num_ranks)
     ]
+    ranks = [context.Process(target=call, args=arguments, daemon=True) for call, arguments in starts]
     for rank in ranks:
         rank.start()
     returned: dict[int, Any] = {}

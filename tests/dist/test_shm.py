@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from whalepod.parallel import shm
+from whalepod.parallel import processes, shm
 from whalepod.parallel.shm import backend, build
 
 Op = dist.ReduceOp
@@ -58,7 +58,9 @@ def start(
 def launch(num: int, folder: Path, work: Callable[..., None], *args: Any, destroys: bool = True) -> int:
     """Runs `work(rank, num, *args)` in `num` processes and raises the first error. Returns how many ranks
     came to the end of it."""
-    mp.spawn(start, (num, folder / "store", work, args, destroys), nprocs=num)
+    processes.context()
+    arguments = (num, folder / "store", work, args, destroys)
+    mp.start_processes(start, arguments, nprocs=num, start_method=processes.START_METHOD)
     return len(list(folder.glob("finished*")))
 
 
@@ -511,16 +513,16 @@ def test_two_hosts_and_failures(tmp_path: Path) -> None:
 
 def launch_to_the_end(num: int, folder: Path, work: Callable[..., None], *args: Any) -> None:
     """Like launch, but a dead rank does not end the others."""
-    context = mp.get_context("spawn")
-    processes = [
-        context.Process(target=start, args=(rank, num, folder / "store", work, args)) for rank in range(num)
+    forks = processes.context()
+    ranks = [
+        forks.Process(target=start, args=(rank, num, folder / "store", work, args)) for rank in range(num)
     ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode is not None
-    codes = [process.exitcode for process in processes]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+        assert rank.exitcode is not None
+    codes = [rank.exitcode for rank in ranks]
     assert [code for code in codes if code not in (0, -signal.SIGKILL)] == []
     if -signal.SIGKILL in codes:
         raise mp.ProcessExitedException(

@@ -169,11 +169,19 @@ def test_a_signal_to_all_processes_lets_an_answer_finish(chatty: Path, options: 
 @pytest.mark.slow
 def test_a_dead_worker_is_told_and_nobody_waits_for_ever(chatty: Path) -> None:
     served = Served(chatty, "--tp", "2")
-    children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()
-    workers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    (forks,) = [pid for pid in _children(served.process.pid) if b"forkserver" in _command(pid)]
+    workers = _children(forks)
     assert len(workers) == 1
-    os.kill(int(workers[0]), signal.SIGKILL)
+    os.kill(workers[0], signal.SIGKILL)
     with pytest.raises(openai.InternalServerError):
         served.client.completions.create(model="hf", prompt="def ", max_tokens=5, timeout=60)
     assert httpx.get(f"{served.url}/health").status_code == 503
     assert served.end() == 0
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()

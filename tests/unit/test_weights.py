@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from whalepod.models.transformer import Transformer, init_weights, target_windows
-from whalepod.parallel import weights_files
+from whalepod.parallel import processes, weights_files
 from whalepod.parallel.weights import build_model, convert_hf, expected_tensors, load_weights, save_weights
 from whalepod.precision.fp8 import FP8, dequantize_blocks, scale_shape
 from whalepod.precision.storage import use_fp8_storage
@@ -677,7 +677,8 @@ def check_rank(rank: int, world_size: int, folder: Path, fp8: Path) -> None:
 
 
 def test_two_ranks_read_their_own_and_write_together(fp8_folder: Path, tmp_path: Path) -> None:
-    mp.spawn(rank_main, (2, tmp_path, fp8_folder), nprocs=2)
+    processes.context()
+    mp.start_processes(rank_main, (2, tmp_path, fp8_folder), nprocs=2, start_method=processes.START_METHOD)
     save_weights(build_model(fp8_folder), tmp_path / "whole")
     assert same_tensors(tmp_path / "whole", tmp_path / "bf16")
     assert same_tensors(fp8_folder, tmp_path / "fp8")

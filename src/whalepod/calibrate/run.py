@@ -5,7 +5,6 @@ A CPU is workers of one thread. They share its memory, so that one is measured w
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +15,7 @@ import torch
 from whalepod.calibrate.collectives import time_collectives
 from whalepod.calibrate.kernels import QUICK, Progress, Sizes, short, time_kernels
 from whalepod.calibrate.profile import check_name, cores, described, machine_name, today
+from whalepod.parallel import processes
 from whalepod.parallel.mesh import local_device
 from whalepod.spec.hardware import Gpu
 from whalepod.spec.measured import Measured
@@ -69,7 +69,7 @@ def _one_thread(place: torch.device) -> Iterator[None]:
 @contextmanager
 def _others_busy(place: torch.device, workers: int, sizes: Sizes) -> Iterator[None]:
     """The other cores do the same kernels meanwhile."""
-    context = multiprocessing.get_context("spawn")
+    context = processes.context()
     ready = context.Semaphore(0)
     others = [
         context.Process(target=_keep_busy, args=(sizes, ready), daemon=True)

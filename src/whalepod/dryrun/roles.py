@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from typing import TypeVar
 
 import torch
 
 from whalepod.dryrun.findings import Finding, findings
 from whalepod.dryrun.role import Measured, measure
+from whalepod.parallel import processes
 from whalepod.planner.answers import TrainingPlan
 from whalepod.planner.plan import time_run
 from whalepod.planner.search import TrainingJob
@@ -153,7 +153,7 @@ def measure_all(one: Callable[[int], T], ranks: Sequence[int], progress: Progres
         say(1)
         return found
     workers = min(len(os.sched_getaffinity(0)), len(ranks))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=processes.context(), initializer=_one_thread) as pool:
         # The last rank has the head in slices and takes longest: it goes first.
         jobs = {pool.submit(one, rank): rank for rank in reversed(ranks)}
         done: dict[int, T] = {}

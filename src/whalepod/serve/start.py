@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import signal
 import socket
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from whalepod.parallel import shm
+from whalepod.parallel import processes, shm
 from whalepod.parallel.inference import Inference, check_serving, spread, whole
 from whalepod.parallel.mesh import Mesh, local_device, open_mesh
 from whalepod.parallel.parallelize import DTYPES
@@ -221,10 +220,8 @@ def _workers(config: EngineConfig) -> Iterator[None]:
         "LOCAL_WORLD_SIZE": str(size),
         "OMP_NUM_THREADS": str(threads),
     }
-    context = multiprocessing.get_context("spawn")
-    others = [
-        context.Process(target=_follow, args=(config, common, rank), daemon=True) for rank in range(1, size)
-    ]
+    starts = [processes.as_here(_follow, config, common, rank) for rank in range(1, size)]
+    others = [processes.context().Process(target=call, args=args, daemon=True) for call, args in starts]
     for process in others:
         process.start()
     before = {name: os.environ.get(name) for name in (*common, "RANK", "LOCAL_RANK")}

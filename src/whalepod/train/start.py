@@ -20,7 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from whalepod.models.lora import add_adapters
 from whalepod.models.transformer import Transformer
-from whalepod.parallel import checkpoint, shm
+from whalepod.parallel import checkpoint, processes, shm
 from whalepod.parallel.mesh import world_size
 from whalepod.parallel.weights_files import copy_companions
 from whalepod.parallel.weights_initial import StoredWeights
@@ -239,12 +239,14 @@ def start_workers(num_workers: int, threads: int | None, worker: Callable[..., A
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
-        start_method="spawn",
+        start_method=processes.START_METHOD,
     )
+    processes.context()
     with _environment("OMP_NUM_THREADS", None if threads is None else str(threads)):
+        function, arguments = processes.as_here(worker, *args, threads)
         try:
             with _quiet_launcher():
-                results = elastic_launch(launch, worker)(*args, threads)
+                results = elastic_launch(launch, function)(*arguments)
         except ChildFailedError as error:
             raise _explain(error) from None
     return [results[rank] for rank in range(num_workers)]
