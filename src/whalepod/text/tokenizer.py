@@ -26,6 +26,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from whalepod.spec.errors import UserError
 from whalepod.text import sources as text_sources
+from whalepod.text.lines import read_settings
 from whalepod.text.sources import Progress
 
 BOS = "<｜begin▁of▁sentence｜>"
@@ -229,7 +230,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{str(file)!r} is not a tokenizer.json: {reason}") from error
-    config = _config_beside(file)
+    config = read_settings(file.with_name("tokenizer_config.json"))
     return Tokenizer(
         inner,
         bos_id=_special_id(inner, config.get("bos_token"), BOS_NAMES),
@@ -346,17 +347,6 @@ def _counted(texts: Iterator[str], total: int, progress: Progress | None) -> Ite
             progress("training the tokenizer", min(done, total), total)
     if progress:
         progress("training the tokenizer", total, total)
-
-
-def _config_beside(file: Path) -> dict[str, Any]:
-    config = file.with_name("tokenizer_config.json")
-    if not config.is_file():
-        return {}
-    try:
-        content = json.loads(config.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(config)!r} is not JSON") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _special_id(inner: tokenizers.Tokenizer, named: Any, usual: tuple[str, ...]) -> int | None:

@@ -15,7 +15,8 @@ from whalepod.serve.http.server import Server, make_app
 from whalepod.serve.request import Sampling
 from whalepod.serve.start import EngineConfig, Say, open_engine
 from whalepod.spec.errors import UserError
-from whalepod.text.chat import ChatTemplate, read_settings
+from whalepod.text.chat import ChatTemplate
+from whalepod.text.lines import read_settings
 
 
 @dataclass(frozen=True)
