@@ -2,11 +2,12 @@
 
     python bench/fuzz.py [--formats a b] [--inputs 100000] [--seed 0]
 
-Every format that whalepod reads (fuzz_formats.py) is given inputs made from valid ones (fuzz_mutate.py). A
-reader accepts an input or refuses it with a UserError, over HTTP with a 4xx. Anything else is a failure:
-another exception, a crash of the process, more than a second of its CPU time or 30 s of silence, 256 MiB more
-of memory. All in process, with no socket, in one worker a format, whose memory is limited; one that dies is
-started again behind the input that killed it. Input n depends on seed, format and n alone.
+Every format that whalepod reads (fuzz_files.py, fuzz_served.py) is given inputs made from valid ones
+(fuzz_mutate.py). A reader accepts an input or refuses it with a UserError, over HTTP with a 4xx. Anything
+else is a failure: another exception, a crash of the process, more than a second of its CPU time or 30 s of
+silence, 256 MiB more of memory. All in process, with no socket, in one worker a format, whose memory is
+limited; one that dies is started again behind the input that killed it. Input n depends on seed, format and n
+alone.
 
 Prints a table, and of each kind of failure the smallest input, cut down; exits 1 if there is one. Formats
 that were run are replaced in results/fuzz.json and the others stay: a campaign goes on where it stopped.
@@ -34,7 +35,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fuzz_formats import FORMATS, Format, Refused
+import fuzz_files
+import fuzz_served
+from fuzz_format import Format, Refused
 from fuzz_mutate import Parts, mutated
 from record import save
 
@@ -46,6 +49,7 @@ SILENCE_S = 30.0
 ROOM = 2 << 30  # address space beyond what the process has when it begins
 GROWTH_KIB = 256 << 10  # of resident memory, by one input
 SHRINK_S = 3.0
+FORMATS = fuzz_files.FORMATS | fuzz_served.FORMATS
 COUNTERS = ("next", "accepted", "refused", "failed")
 
 

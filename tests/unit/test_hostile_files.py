@@ -24,7 +24,8 @@ from whalepod.text.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import fuzz
-from fuzz_formats import DENSE, FORMATS
+from fuzz import FORMATS
+from fuzz_files import DENSE
 
 INPUTS = 120
 
@@ -120,6 +121,15 @@ def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xf4\x90")
     with pytest.raises(UserError, match="cannot read"):
         ChatTemplate(tmp_path)
+
+
+@pytest.mark.parametrize("number", [1174, 3950, 4078])
+def test_what_the_tokenizers_library_dies_of_is_refused(tmp_path: Path, number: int) -> None:
+    """Inputs on which it wrote pages, panicked, and could not read again what it had read."""
+    fuzzed = FORMATS["tokenizer"](tmp_path)
+    parts = fuzz.mutated(fuzzed.seeds, fuzzed.kinds, fuzz.generator(0, "tokenizer", number))
+    with pytest.raises(fuzz.Refused):
+        fuzz.tried(fuzzed, parts)
 
 
 def test_settings_nested_without_end_are_refused(tmp_path: Path) -> None:

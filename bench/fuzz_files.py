@@ -1,4 +1,4 @@
-"""What fuzz.py reads: of each format valid inputs, and the public functions that take such from outside.
+"""The files that fuzz.py reads: of each format valid ones, and the functions that take such from outside.
 
 A format is made once a process, in an empty folder. Its reader returns for what it accepts and raises
 UserError for what it refuses; what is accepted is used as far as anything that trusts it would.
@@ -6,16 +6,15 @@ UserError for what it refuses; what is accepted is used as far as anything that 
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from fuzz_format import CHAT, TEMPLATE, TOOL, Format, dump, put, small_tokenizer, words
 from fuzz_mutate import Parts
 from safetensors.torch import save
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
@@ -28,22 +27,13 @@ from whalepod.parallel.trained import read_adapters
 from whalepod.parallel.weights_names import expected_tensors
 from whalepod.parallel.weights_source import open_source
 from whalepod.precision.fp8 import FP8, scale_shape
-from whalepod.serve.batch import read_lines
-from whalepod.serve.grammar import Grammars
-from whalepod.serve.http.config import ServerConfig
-from whalepod.serve.http.open import _defaults
-from whalepod.serve.http.reply import Splitter
-from whalepod.serve.http.schema import regex_grammar, schema_grammar
-from whalepod.serve.http.server import make_app
-from whalepod.serve.request import Chunk, Request, Stats
 from whalepod.spec.counts import total_params
-from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import load_gpu, parse_gpus
 from whalepod.spec.model import from_config, read_config, to_config
 from whalepod.spec.run import LoRAConfig, dump_run, load_run
 from whalepod.text.chat import ChatTemplate, conversations, encoded
 from whalepod.text.sources import documents, fingerprint
-from whalepod.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from whalepod.text.tokenizer import load_tokenizer
 from whalepod.train.data import PackedTokens
 
 DENSE = {
@@ -62,12 +52,6 @@ LATENT = {
     "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0},
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4], "scale_fmt": "ue8m0"},
 }  # fmt: skip
-TEMPLATE = (
-    b"{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<u>{{ m['content'] }}{% else %}"
-    b"<a>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
-    b"{% if tools %}{{ tools | tojson }}{% endif %}{% if add_generation_prompt %}<a>{% endif %}"
-)
-CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
 RUN = {
     "model": {"preset": "v3-mini", "num_hidden_layers": 2}, "layout": {"dp_shard": 2, "tp": 2,
     "micro_batch": 1},
@@ -88,61 +72,16 @@ GPU = {
         "collectives": [["all_reduce", 2, 1024, 1e-5]],
     },
 }  # fmt: skip
-SCHEMA = {
-    "type": "object", "required": ["a"], "additionalProperties": False, "$defs": {"n": {"type": "integer"}},
-    "properties": {
-        "a": {"type": "string", "pattern": "^[a-z]{1,4}$"}, "b": {"$ref": "#/$defs/n"},
-        "c": {"type": "array", "items": {"enum": ["x", 1, None]}, "maxItems": 3}, "d": {"type": "string",
-        "maxLength": 5},
-    },
-}  # fmt: skip
-TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
-REPLY = (
-    "<think>\nso</think>\nYes.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n"
-    '{"a": 1}\n```<｜tool▁call▁end｜>'
-    "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
-)
-
-
-class Refused(UserError):
-    """An input was not taken, and properly so."""
-
-
-@dataclass(frozen=True)
-class Format:
-    seeds: list[Parts]
-    kinds: dict[str, str]  # of each part; see fuzz_mutate.py
-    read: Callable[[Parts], None]
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value).encode()
-
-
-def _put(folder: Path, parts: Parts) -> Path:
-    for name, data in parts.items():
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def _words(text: bytes) -> str:
-    return text.decode("utf-8", "surrogateescape")
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-    text = folder / "corpus.txt"
-    text.write_text("Hello there, good day to all of you who read this. " * 40)
-    return train_tokenizer(str(text), 300, cache_dir=folder / "cache")
 
 
 def config(folder: Path) -> Format:
     def read(parts: Parts) -> None:
-        spec = read_config(_put(folder, parts))
+        spec = read_config(put(folder, parts))
         total_params(spec)
         assert from_config(to_config(spec), spec.name) == spec, "not what was written"
 
     seeds = [
-        {"config.json": _dump(c)} for c in (DENSE, LATENT, {**DENSE, "model_type": "qwen3", "head_dim": 4})
+        {"config.json": dump(c)} for c in (DENSE, LATENT, {**DENSE, "model_type": "qwen3", "head_dim": 4})
     ]
     return Format(seeds, {"config.json": "json"}, read)
 
@@ -167,41 +106,41 @@ def _all_tensors(folder: Path) -> None:
 
 
 def safetensors(folder: Path) -> Format:
-    _put(folder, {"config.json": _dump(DENSE)})
+    put(folder, {"config.json": dump(DENSE)})
     kinds = {"model.safetensors": "safetensors"}
     return Format(
-        [{"model.safetensors": save(_weights(DENSE))}], kinds, lambda p: _all_tensors(_put(folder, p))
+        [{"model.safetensors": save(_weights(DENSE))}], kinds, lambda p: _all_tensors(put(folder, p))
     )
 
 
 def index(folder: Path) -> Format:
     tensors = list(_weights(DENSE).items())
     files = {"model-1.safetensors": save(dict(tensors[:6])), "model-2.safetensors": save(dict(tensors[6:]))}
-    _put(folder, {"config.json": _dump(DENSE), **files})
+    put(folder, {"config.json": dump(DENSE), **files})
     weight_map = {name: f"model-{1 + (i >= 6)}.safetensors" for i, (name, _) in enumerate(tensors)}
     name = "model.safetensors.index.json"
-    seed = {name: _dump({"metadata": {"total_size": 1}, "weight_map": weight_map})}
-    return Format([seed], {name: "json"}, lambda p: _all_tensors(_put(folder, p)))
+    seed = {name: dump({"metadata": {"total_size": 1}, "weight_map": weight_map})}
+    return Format([seed], {name: "json"}, lambda p: _all_tensors(put(folder, p)))
 
 
 def fp8(folder: Path) -> Format:
     small = {**LATENT, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "num_hidden_layers": 1}
     small |= {"num_nextn_predict_layers": 0, "first_k_dense_replace": 0}
-    seed = {"model.safetensors": save(_weights(small, fp8=True)), "config.json": _dump(small)}
+    seed = {"model.safetensors": save(_weights(small, fp8=True)), "config.json": dump(small)}
     kinds = {"model.safetensors": "safetensors", "config.json": "json"}
-    return Format([seed], kinds, lambda p: _all_tensors(_put(folder, p)))
+    return Format([seed], kinds, lambda p: _all_tensors(put(folder, p)))
 
 
 def tokenizer(folder: Path) -> Format:
     def read(parts: Parts) -> None:
-        found = load_tokenizer(_put(folder, parts))
+        found = load_tokenizer(put(folder, parts))
         ids = found.encode("Hello <s> day\n123", special=True) + found.encode("good\u0000 é")
         found.decode(ids)
         decoder = found.stream()
         "".join(decoder.push(i) for i in (*ids, 10**6)) + decoder.finish()
         _ = found.vocab_size, found.special_ids, found.fim_ids, found.fingerprint
 
-    _tokenizer(folder).save(folder)
+    small_tokenizer(folder).save(folder)
     names = ("tokenizer.json", "tokenizer_config.json")
     byte_level = {name: (folder / name).read_bytes() for name in names}
     model = json.loads(byte_level[names[0]])
@@ -216,17 +155,17 @@ def tokenizer(folder: Path) -> Format:
         "post_processor": None, "truncation": {"max_length": 3, "strategy": "LongestFirst", "stride": 0,
         "direction": "Right"},
     }  # fmt: skip
-    fallback = {names[0]: _dump(model), names[1]: _dump({"bos_token": {"content": "<s>"}, "eos_token": "a"})}
+    fallback = {names[0]: dump(model), names[1]: dump({"bos_token": {"content": "<s>"}, "eos_token": "a"})}
     return Format([byte_level, fallback], dict.fromkeys(names, "json"), read)
 
 
 def template(folder: Path) -> Format:
     def read(parts: Parts) -> None:
-        found = ChatTemplate(_put(folder, parts))
+        found = ChatTemplate(put(folder, parts))
         found.render(CHAT, prompt=True, tools=[TOOL])
         found.render([{"role": "system", "content": "x"}, *CHAT])
 
-    settings = _dump({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": "x"})
+    settings = dump({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": "x"})
     seed = {"chat_template.jinja": TEMPLATE, "tokenizer_config.json": settings}
     macros = b"{%- macro f(x) -%}[{{ x|trim }}]{%- endmacro -%}{% set ns = namespace(n=0) %}"
     macros += b"{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ f(m.content ~ ns.n) }}"
@@ -237,8 +176,8 @@ def template(folder: Path) -> Format:
 
 def run(folder: Path) -> Format:
     def read(parts: Parts) -> None:
-        _put(folder, {"run.yaml": parts["run.yaml"]})
-        found = load_run(folder / "run.yaml", _words(parts["overrides"]).split("\n")[:4])
+        put(folder, {"run.yaml": parts["run.yaml"]})
+        found = load_run(folder / "run.yaml", words(parts["overrides"]).split("\n")[:4])
         found.model_spec()
         (folder / "again.yaml").write_text(dump_run(found))
         assert load_run(folder / "again.yaml") == found, "not what was written"
@@ -252,7 +191,7 @@ def run(folder: Path) -> Format:
 
 def hardware(folder: Path) -> Format:
     def read(parts: Parts) -> None:
-        gpu = load_gpu(_put(folder, parts) / "card.yaml")
+        gpu = load_gpu(put(folder, parts) / "card.yaml")
         (folder / "again.yaml").write_text(yaml.safe_dump(profile_values(gpu)))
         assert load_gpu(folder / "again.yaml") == gpu, "not what was written"
 
@@ -262,7 +201,7 @@ def hardware(folder: Path) -> Format:
 def gpus(_: Path) -> Format:
     texts = (b"64xH100", b"2 x NVIDIA H200", b"8*mi300x", b"2048xh800", b"1xcpu")
     return Format(
-        [{"gpus": t} for t in texts], {"gpus": "text"}, lambda p: _use(parse_gpus(_words(p["gpus"])))
+        [{"gpus": t} for t in texts], {"gpus": "text"}, lambda p: _use(parse_gpus(words(p["gpus"])))
     )
 
 
@@ -276,7 +215,7 @@ def _state(folder: Path, tensors: dict[str, torch.Tensor]) -> Parts:
     dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
     (file,) = step.glob("*.safetensors")
     progress = {"step": 3, "tokens": 99, "seconds": 1.5, "skipped": 0}
-    return {file.name: file.read_bytes(), "state.json": _dump(progress)}
+    return {file.name: file.read_bytes(), "state.json": dump(progress)}
 
 
 def checkpoint(folder: Path) -> Format:
@@ -285,7 +224,7 @@ def checkpoint(folder: Path) -> Format:
     path = folder / "step_00000003"
 
     def read(parts: Parts) -> None:
-        _put(path, parts)
+        put(path, parts)
         assert steps_saved(folder) == [3]
         read_progress(path)
         read_tensors(path, into)
@@ -305,8 +244,8 @@ def adapters(folder: Path) -> Format:
     )
 
     def read(parts: Parts) -> None:
-        _put(folder, {"run.yaml": parts["run.yaml"]})
-        _put(folder / "checkpoints" / "step_00000003", {k: v for k, v in parts.items() if k != "run.yaml"})
+        put(folder, {"run.yaml": parts["run.yaml"]})
+        put(folder / "checkpoints" / "step_00000003", {k: v for k, v in parts.items() if k != "run.yaml"})
         if (adapters := read_adapters(folder, spec)) is not None:
             _ = adapters.scale
 
@@ -315,12 +254,12 @@ def adapters(folder: Path) -> Format:
 
 
 def chats(folder: Path) -> Format:
-    _put(folder, {"chat_template.jinja": TEMPLATE})
-    template, words = ChatTemplate(folder), _tokenizer(folder)
-    lines = [_dump({"messages": CHAT}), _dump({"messages": [CHAT[0], CHAT[1]] * 2, "tools": [TOOL]})]
+    put(folder, {"chat_template.jinja": TEMPLATE})
+    template, words = ChatTemplate(folder), small_tokenizer(folder)
+    lines = [dump({"messages": CHAT}), dump({"messages": [CHAT[0], CHAT[1]] * 2, "tools": [TOOL]})]
 
     def read(parts: Parts) -> None:
-        for conversation, _ in conversations(_put(folder, parts) / "c.jsonl"):
+        for conversation, _ in conversations(put(folder, parts) / "c.jsonl"):
             encoded(conversation, template, words)
 
     return Format([{"c.jsonl": b"\n".join(lines)}, {"c.jsonl": lines[0]}], {"c.jsonl": "jsonl"}, read)
@@ -330,7 +269,7 @@ def text(folder: Path) -> Format:
     (folder / "texts").mkdir()
 
     def read(parts: Parts) -> None:
-        _put(folder / "texts", parts)
+        put(folder / "texts", parts)
         field = "text"
         fingerprint(str(folder / "texts"), text_field=field)
         for name in (*parts, ""):
@@ -349,183 +288,20 @@ def tokens(folder: Path) -> Format:
     }  # fmt: skip
 
     def read(parts: Parts) -> None:
-        packed = PackedTokens(_put(folder, parts) / "train.bin", 8, seed=1)
+        packed = PackedTokens(put(folder, parts) / "train.bin", 8, seed=1)
         packed.batch(0, 2)
 
-    seeds = [{"train.json": _dump({**facts, "dtype": d}), "train.bin": bytes(40 * n)} for d, n in _WIDTHS]
+    seeds = [{"train.json": dump({**facts, "dtype": d}), "train.bin": bytes(40 * n)} for d, n in _WIDTHS]
     return Format(seeds, {"train.json": "json", "train.bin": "binary"}, read)
 
 
 _WIDTHS = (("uint16", 2), ("uint32", 4), ("int32", 4))
 
 
-def settings(folder: Path) -> Format:
-    name = "generation_config.json"
-    seed = {
-        name: _dump({"temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True, "eos_token_id": 1})
-    }
-    return Format([seed], {name: "json"}, lambda p: _ignored(_defaults(_put(folder, p))))
-
-
-def _ignored(_: object) -> None:
-    return None
-
-
-def prompts(folder: Path) -> Format:
-    lines = _dump({"prompt": "Hello", "max_tokens": 3}) + b"\n" + _dump({"messages": CHAT})
-    return Format(
-        [{"p.jsonl": lines}],
-        {"p.jsonl": "jsonl"},
-        lambda p: _ignored(read_lines(_put(folder, p) / "p.jsonl")),
-    )
-
-
-def grammar(folder: Path) -> Format:
-    words = _tokenizer(folder)
-    grammars = Grammars(words, words.vocab_size)
-    grammars.mask(regex_grammar("a"))  # the first takes a second to set up
-
-    def read(parts: Parts) -> None:
-        if "regex" in parts:
-            grammars.mask(regex_grammar(parts["regex"].decode(errors="replace")))
-            return
-        schema = _json(parts["schema"])
-        grammars.mask(schema_grammar(schema))
-
-    seeds = [{"schema": _dump(s)} for s in (SCHEMA, {"anyOf": [SCHEMA["properties"]["c"], {"type": "null"}]})]
-    seeds += [{"regex": r} for r in (b"[a-z]{2,5}(-\\d+)?|x*", "^(é|[^\\n])+\\.$".encode())]
-    return Format(seeds, {"schema": "json", "regex": "text"}, read)
-
-
-def _json(data: bytes) -> Any:
-    """As the server would, which takes an object here."""
-    try:
-        found = json.loads(data.decode())
-        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError):
-        raise Refused("no JSON") from None
-    if not isinstance(found, dict):
-        raise Refused("no object")
-    return found
-
-
-def reply(_: Path) -> Format:
-    def read(parts: Parts) -> None:
-        text = parts["reply"].decode(errors="replace")
-        step = 7 + len(text) // 100
-        for thinking in (False, True):
-            pieces, whole = Splitter(thinking, tools=True), Splitter(thinking, tools=True)
-            found = [
-                p for i in range(0, len(text), step) for p in pieces.push(text[i : i + step])
-            ] + pieces.finish()
-            at_once = whole.push(text) + whole.finish()
-            assert _joined(found) == _joined(at_once), "another reply when it is cut"
-
-    return Format([{"reply": REPLY.encode()}, {"reply": b"<think>a</think>b"}], {"reply": "text"}, read)
-
-
-def _joined(parts: list[Any]) -> list[tuple[str, str]]:
-    """Pieces of the same kind in a row are one; a call always begins another."""
-    found: list[tuple[str, str]] = []
-    for part in parts:
-        if found and found[-1][0] == part.kind != "call":
-            found[-1] = (part.kind, found[-1][1] + part.text)
-        else:
-            found.append((part.kind, part.text))
-    return [pair for pair in found if pair[1] or pair[0] == "call"]
-
-
-class _Service:
-    """Takes any request whose grammar compiles, and says one word."""
-
-    failure = None
-
-    def __init__(self, grammars: Grammars) -> None:
-        self._grammars = grammars
-
-    async def generate(self, request: Request) -> AsyncIterator[Chunk]:
-        if request.grammar is not None:
-            self._grammars.mask(request.grammar)
-        first = Chunk("Hi", (), None, len(request.prompt), 0, 1)
-        yield first
-        yield replace(first, text="", finish_reason="stop")
-
-    def stats(self) -> Stats:
-        return Stats()
-
-    async def drain(self, timeout_s: float) -> None:
-        return None
-
-
-def http(folder: Path) -> Format:
-    words = _tokenizer(folder)
-    _put(folder, {"chat_template.jinja": TEMPLATE})
-    config = ServerConfig(model_name="whale", api_keys=("key",), max_prompt_tokens=4096, max_new_tokens=64)
-    grammars = Grammars(words, words.vocab_size)
-    grammars.mask(regex_grammar("a"))  # the first takes a second to set up
-    service: Any = _Service(grammars)
-    app, loop = make_app(service, words, ChatTemplate(folder), config), asyncio.new_event_loop()
-
-    def read(parts: Parts) -> None:
-        status = loop.run_until_complete(_answered(app, parts))
-        assert status < 500, f"status {status}"
-        if status >= 400:
-            raise Refused(str(status))
-
-    text, chat = b"/v1/completions", b"/v1/chat/completions"
-    bodies = [
-        (text, {"prompt": "Hello", "max_tokens": 4, "temperature": 0.5, "stop": ["a"], "seed": 3,
-        "top_p": 0.9}),
-        (text, {"prompt": [[1, 2], [3]], "n": 2, "logprobs": 2, "guided_regex": "[a-z]{1,3}",
-        "stream": True}),
-        (chat, {"messages": CHAT, "tools": [TOOL], "tool_choice": "auto", "max_completion_tokens": 4,
-        "top_k": 4}),
-        (chat, {"messages": [*CHAT, {"role": "user", "content": [{"type": "text", "text": "x"}]}],
-        "model": "whale",
-                "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
-                "chat_template_kwargs": {"thinking": True}, "stream": True,
-                "stream_options": {"include_usage": True}}),
-    ]  # fmt: skip
-    seeds = [
-        {"body": _dump(b), "path": path, "key": b"Bearer key", "type": b"application/json"}
-        for path, b in bodies
-    ]
-    return Format(seeds, {"body": "json", "path": "binary", "key": "binary", "type": "binary"}, read)
-
-
-async def _answered(app: Any, parts: Parts) -> int:
-    path = parts["path"].decode("latin-1")
-    headers = [(b"content-type", parts["type"]), (b"authorization", parts["key"])]
-    scope = {"type": "http", "method": "POST", "path": path, "raw_path": parts["path"], "query_string": b""}
-    scope |= {
-        "headers": headers,
-        "http_version": "1.1",
-        "scheme": "http",
-        "server": ("x", 80),
-        "root_path": "",
-    }
-    status, given = 0, False
-
-    async def receive() -> dict[str, Any]:
-        nonlocal given
-        if given:
-            await asyncio.Event().wait()  # the client stays
-        given = True
-        return {"type": "http.request", "body": parts["body"], "more_body": False}
-
-    async def send(message: dict[str, Any]) -> None:
-        nonlocal status
-        status = message.get("status", status)
-
-    await app(scope, receive, send)
-    return status
-
-
 FORMATS: dict[str, Callable[[Path], Format]] = {
     f.__name__: f
     for f in (
         config, safetensors, index, fp8, tokenizer, template, run, hardware, gpus, checkpoint, adapters,
-        chats,
-        text, tokens, settings, prompts, grammar, reply, http,
+        chats, text, tokens,
     )
 }  # fmt: skip
