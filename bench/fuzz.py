@@ -4,7 +4,7 @@
 
 Every format that whalepod reads (fuzz_files.py, fuzz_served.py) is given inputs made from valid ones
 (fuzz_mutate.py). A reader accepts an input or refuses it with a UserError, over HTTP with a 4xx. Anything
-else is a failure: another exception, a crash of the process, more than a second of its CPU time or 30 s of
+else is a failure: another exception, a crash of the process, more than two seconds of CPU time or 30 s of
 silence, 256 MiB more of memory. All in process, with no socket, in one worker a format, whose memory is
 limited; one that dies is started again behind the input that killed it. Input n depends on seed, format and n
 alone.
@@ -44,7 +44,7 @@ from record import save
 from whalepod.spec.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU_S = 1.0
+CPU_S = 2.0
 SILENCE_S = 30.0
 ROOM = 2 << 30  # address space beyond what the process has when it begins
 GROWTH_KIB = 256 << 10  # of resident memory, by one input

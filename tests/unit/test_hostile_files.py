@@ -5,21 +5,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import whalepod
 from whalepod.calibrate.profile import write_profile
 from whalepod.parallel.trained import read_adapters
 from whalepod.parallel.weights_files import copy_companions, open_checkpoint
 from whalepod.precision.fp8 import FP8, dequantize_blocks
-from whalepod.spec.errors import UserError
+from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.hardware import load_gpu
 from whalepod.spec.model import from_config
 from whalepod.spec.run import load_run
-from whalepod.text.chat import ChatTemplate
+from whalepod.text.chat import ChatTemplate, conversations
 from whalepod.text.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -195,3 +197,21 @@ def test_a_profile_is_not_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / f"card.yaml.{os.getpid()}").symlink_to(tmp_path / "other")
     write_profile(load_gpu("h100"), tmp_path / "card.yaml")
     assert not (tmp_path / "other").exists()
+
+
+def test_nothing_here_runs_what_it_reads() -> None:
+    source = Path(whalepod.__file__).parent
+    words = r"(?<!\.)\b(?:eval|exec)\(|pickle\.|torch\.load\(|shell=True|os\.system|yaml\.(unsafe|full)|trust_remote_code"
+    found = [f"{p.name}: {m[0]}" for p in source.rglob("*.py") for m in re.finditer(words, p.read_text())]
+    assert not found
+
+
+def test_a_conversation_without_end_is_refused(tmp_path: Path) -> None:
+    message = {"role": "user", "content": "x"}
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": [message] * 1001}))
+    with pytest.raises(UserError, match="line 1: more than 1000 messages"):
+        list(conversations(tmp_path / "c.jsonl"))
+
+
+def test_hints_name_only_what_fits_into_a_line() -> None:
+    assert nearest("q", ["a\nb", "c" * 5000, "d"]) == " (allowed: d)"

@@ -20,6 +20,8 @@ from whalepod.text.lines import json_lines, read_settings
 from whalepod.text.sandbox import ChatEnvironment, render
 from whalepod.text.tokenizer import Tokenizer
 
+MAX_MESSAGES = 1000
+
 
 def seen_only(token: int) -> int:
     """The mark of a token that is read and not learnt; twice is the token again."""
@@ -114,6 +116,8 @@ def conversations(path: Path | str) -> Iterator[tuple[dict[str, Any], int]]:
             raise UserError(
                 f'{path}, line {number}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}'
             )
+        if len(messages) > MAX_MESSAGES:  # each turn of the assistant is rendered with all before it
+            raise UserError(f"{path}, line {number}: more than {MAX_MESSAGES} messages in a conversation")
         yield found, done
 
 

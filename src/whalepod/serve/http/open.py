@@ -80,6 +80,8 @@ def open_server(config: EngineConfig, options: ServerOptions, say: Say) -> Itera
             max_concurrent=engine.max_running + config.max_waiting,
             drain_timeout_s=options.drain_s,
         )
+        if not options.api_keys and options.host not in ("127.0.0.1", "::1", "localhost"):
+            say(f"no --api-key: whoever reaches {options.host} may use this server")
         app = make_app(engine, engine.tokenizer, _chat(folder, say), server)
 
         def started(url: str) -> None:
