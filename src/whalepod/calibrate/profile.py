@@ -18,6 +18,7 @@ from whalepod.calibrate.kernels import DTYPES, short
 from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Gpu, load_gpu, spelled_gpu
 from whalepod.spec.measured import Product, profile_folder, profile_name
+from whalepod.text.tokenizer import write_atomically
 from whalepod.train.metrics import GIB
 
 
@@ -28,9 +29,7 @@ def write_profile(gpu: Gpu, out: Path | None = None) -> Path:
     text = yaml.safe_dump(profile_values(gpu), sort_keys=False, default_flow_style=None, width=110)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)  # a reader never sees half of it
+        write_atomically(path, text)
     except OSError as error:
         raise UserError(f"cannot write the hardware profile {path}: {error.strerror}") from None
     load_gpu(path)

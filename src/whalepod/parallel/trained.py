@@ -42,13 +42,19 @@ def read_adapters(folder: Path, spec: ModelSpec) -> Adapters | None:
     config = load_run(folder / "run.yaml")
     if not config.lora.r:
         return None
+    if config.train.start_from is None:
+        raise UserError(f"{folder / 'run.yaml'}: lora adapts weights, and train.start_from names none")
     with torch.device("meta"):
         model = Transformer(spec)
         add_adapters(model, config.lora)
-    found = {n: torch.empty(p.shape) for n, p in model.named_parameters() if is_adapter(n)}
+    try:
+        found = {n: torch.empty(p.shape) for n, p in model.named_parameters() if is_adapter(n)}
+    except RuntimeError:  # no more is said of memory
+        raise UserError(
+            f"{folder / 'run.yaml'}: lora.r {config.lora.r} takes more memory than there is"
+        ) from None
     read_tensors(_newest(folder), {f"model/{name}": tensor for name, tensor in found.items()})
     paths = [name.removesuffix(A) for name in found if name.endswith(A)]
-    assert config.train.start_from is not None
     return Adapters(config.lora, config.train.start_from, {p: (found[p + A], found[p + B]) for p in paths})
 
 

@@ -186,7 +186,9 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
                 raise UserError(f"shard {file} is missing: {INDEX} has tensor {shown(example)} in it")
         return files, index
     single = folder / SINGLE
-    files = [single] if single.is_file() else sorted(folder.glob("model*.safetensors"))
+    files = (
+        [single] if single.is_file() else sorted(f for f in folder.glob("model*.safetensors") if f.is_file())
+    )
     if not files:
         pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
         if pickles:
@@ -196,6 +198,12 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             )
         raise UserError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
     return files, {}
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether it is one of a safetensors file that does not lead out of its folder."""
+    fits = name.isprintable() and len(name.encode()) <= 255
+    return fits and name.endswith(".safetensors") and not set(name) & set("/\\:")
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -213,8 +221,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path} must hold a 'weight_map' of tensor names to file names")
     for name, file in weight_map.items():
-        # A name must not lead out of the folder.
-        if not isinstance(file, str) or not file.endswith(".safetensors") or set(file) & set("/\\:\0"):
+        if not isinstance(file, str) or not _is_file_name(file):
             raise UserError(f"{path}: {shown(file)}, for tensor {shown(name)}, is no safetensors file name")
     return weight_map
 
@@ -301,10 +308,20 @@ def write_adapter(folder: Path | str, config: Mapping[str, Any], tensors: Mappin
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, generation config and chat templates, as far as there are any."""
+    """Copies tokenizer, generation config and chat templates, as far as there are any.
+
+    Raises UserError for a link that leads out of the folder: what it names may be no one's to pass on.
+    """
+    whole = source.resolve()
+    # In the hub's cache a snapshot is links to the blobs beside `snapshots`.
+    home = whole.parent.parent if whole.parent.name == "snapshots" else whole
     for pattern in COMPANIONS:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
+                if not file.resolve().is_relative_to(home):
+                    raise UserError(
+                        f"{file} is a link that leads out of its folder: put the file itself there"
+                    )
                 shutil.copyfile(file, target / file.name)
 
 

@@ -14,8 +14,11 @@ class UserError(ValueError):
 
 
 def nearest(name: object, choices: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the closest of `choices`, else the list of them all."""
-    options = sorted(choices)
+    """`" (did you mean 'x'?)"` for the closest of `choices`, else the list of them all.
+
+    They may be a stranger's: only those that fit into a line are named.
+    """
+    options = sorted(o for o in choices if o.isprintable() and len(o) <= 80)[:100]
     close = difflib.get_close_matches(str(name).lower(), [o.lower() for o in options], n=1, cutoff=0.5)
     if close:
         match = next(o for o in options if o.lower() == close[0])

@@ -14,12 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.measured import Measured, profile_folder
 from whalepod.spec.model import shown
+from whalepod.spec.yaml_text import parse_yaml
 
 Architecture = Literal["ampere", "hopper", "ada", "blackwell", "cdna3", "cdna4", "ascend", "cpu"]
 PRECISIONS = ("bf16", "fp8", "fp4", "fp32")
@@ -35,7 +35,6 @@ GIVEN = "given by user"
 
 _DATA = Path(__file__).parent / "data" / "hardware.yaml"
 _MAX_PROFILE_BYTES = 2**20
-_MAX_DEPTH = 8
 _NO_MORE = ConfigDict(extra="forbid")
 _RULES = {  # of pydantic's, in words that fit a YAML file
     "string_pattern_mismatch": "should be one line of text",
@@ -281,7 +280,7 @@ def _gpu(name: str) -> Gpu:
 
 @cache
 def _database() -> dict[str, Any]:
-    return _parse(_DATA.read_text(encoding="utf-8"), _DATA.name)
+    return parse_yaml(_DATA.read_text(encoding="utf-8"), _DATA.name)
 
 
 def _read_profile(path: Path) -> Gpu:
@@ -294,28 +293,13 @@ def _read_profile(path: Path) -> Gpu:
         raise UserError(f"cannot read GPU profile {where}: {shown(str(error))}") from None
     if len(data) > _MAX_PROFILE_BYTES:
         raise UserError(f"{where} is larger than a GPU profile may be ({_MAX_PROFILE_BYTES} bytes)")
-    values = _parse(text, where)
+    values = parse_yaml(text, where)
     if not isinstance(values, dict):
         raise UserError(f"{where} must hold a mapping of fields, not {shown(values)}")
     gpu = _checked({"name": path.stem, **values}, Gpu, where)
     if "bf16" not in gpu.tflops:
         raise UserError(f"{where}: tflops.bf16 is missing")
     return gpu
-
-
-def _parse(text: str, where: str) -> Any:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    depth = 0
-    try:
-        for event in yaml.parse(text, loader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            # Nothing here needs either, and both can be made to take memory without end.
-            if depth > _MAX_DEPTH or isinstance(event, yaml.AliasEvent):
-                raise yaml.YAMLError("references and deep nesting are not allowed")
-        return yaml.load(text, loader)
-    # What is not a YAMLError comes of tags on values that they do not fit.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
 
 
 def _checked(value: Any, kind: Any, where: str) -> Any:

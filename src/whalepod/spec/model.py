@@ -186,7 +186,7 @@ class ModelSpec:
             known = set(ModelSpec.__dataclass_fields__)
             for part in (self.attention, self.moe, self.rope):
                 known |= set(type(part).__dataclass_fields__) if part is not None else set()
-            raise UserError(f"unknown model field {key!r}{nearest(key, known)}")
+            raise UserError(f"unknown model field {shown(key)}{nearest(key[:100], known)}")
         return replace(self, **own)
 
 

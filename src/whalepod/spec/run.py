@@ -12,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.layout import Layout, Recompute
-from whalepod.spec.model import ModelSpec
+from whalepod.spec.model import ModelSpec, shown
 from whalepod.spec.presets import load_model_spec
+from whalepod.spec.yaml_text import parse_yaml
 
 DEFAULT_MODEL = "v3-mini"
+_MAX_CHARS = 2**20
 
 
 class _Section(BaseModel):
@@ -150,7 +152,7 @@ class LoRAConfig(_Section):
     q_b_proj or the gate_proj of dense layers and shared experts; null is all of attention, and of a model
     without experts the MLPs too."""
 
-    r: int = Field(default=0, ge=0)
+    r: int = Field(default=0, ge=0, le=2**16)
     alpha: float = Field(default=32.0, gt=0)
     modules: tuple[str, ...] | None = None
 
@@ -218,10 +220,13 @@ def load_run(path: Path | str | None, overrides: Iterable[str] = ()) -> RunConfi
     values: Any = {}
     if path is not None:
         try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
-        values = _parse(text, str(path))
+            with Path(path).open(encoding="utf-8") as file:
+                text = file.read(_MAX_CHARS + 1)
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
+            raise UserError(f"cannot read {shown(str(path))}: {error}") from None
+        if len(text) > _MAX_CHARS:
+            raise UserError(f"{path} is larger than a run may be ({_MAX_CHARS} characters)")
+        values = parse_yaml(text, str(path))
         values = {} if values is None else values
         if not isinstance(values, dict):
             raise UserError(f"{path} must hold a mapping of sections, not {type(values).__name__}")
@@ -250,18 +255,10 @@ def dump_run(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        detail = " ".join(str(error).split())
-        raise UserError(f"{where} is not valid YAML: {detail[:200]}") from None
-
-
 def _override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"{override!r} is not of the form section.key=value")
+        raise UserError(f"{shown(override)} is not of the form section.key=value")
     *sections, last = key.split(".")
     place = values
     for section in sections:
@@ -269,9 +266,9 @@ def _override(values: dict[str, Any], override: str) -> None:
         if section == "model" and isinstance(inner, str):
             inner = place[section] = {"preset": inner}
         if not isinstance(inner, dict):
-            raise UserError(f"{key}: {section} holds a value, not a section")
+            raise UserError(f"{shown(key)}: {shown(section)} holds a value, not a section")
         place = inner
-    place[last] = _parse(text, f"value of {key}")
+    place[last] = parse_yaml(text, f"value of {shown(key)}")
 
 
 _OPEN = {
@@ -284,15 +281,18 @@ def _one_line(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
     if path and path[0] == "model":
-        return f"model must be a name, a path, or a mapping with `preset`, not {first['input']!r}"[:300]
+        return f"model must be a name, a path, or a mapping with `preset`, not {shown(first['input'])}"
     if first["type"] == "extra_forbidden":
         section: Any = RunConfig
         for part in path[:-1]:
             section = section.model_fields[part].annotation
-        return f"unknown key {'.'.join(path)!r}{nearest(path[-1], section.model_fields)}"
+        return f"unknown key {shown('.'.join(path))}{nearest(path[-1][:100], section.model_fields)}"
     if first["type"] == "model_type":
-        return f"{'.'.join(path)} must be a section with keys of its own, not {first['input']!r}"[:300]
-    if path[0] == "layout" and len(path) > 2 and path[1] in _OPEN:  # of several types, which pydantic lists
-        return f"layout.{path[1]}: input should be {_OPEN[path[1]]}, not {first['input']!r}"[:400]
+        return f"{'.'.join(path)} must be a section with keys of its own, not {shown(first['input'])}"
+    if (
+        path[:1] == ["layout"] and len(path) > 2 and path[1] in _OPEN
+    ):  # of several types, which pydantic lists
+        return f"layout.{path[1]}: input should be {_OPEN[path[1]]}, not {shown(first['input'])}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(path)}: {message[0].lower() + message[1:]}, not {first['input']!r}"[:400]
+    place = f"{'.'.join(path)}: " if path else ""  # none: a key that is no Unicode
+    return f"{place}{message[0].lower() + message[1:]}, not {shown(first['input'])}"

@@ -5,23 +5,22 @@ API writes them; other keys of the object go to the template too (`tools`). Lear
 of the assistant's turns, behind the words with which it asks for one. A token that is only seen stands in the
 ids as -1 - id, a number below 0, which no loss counts.
 
-Templates come from files and are run in jinja2's sandbox, which reaches neither files nor Python's insides.
+Templates come from files and are run in a sandbox (sandbox.py).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
-
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any
 
 from whalepod.spec.errors import UserError
-from whalepod.text.lines import json_lines
+from whalepod.text.lines import json_lines, read_settings
+from whalepod.text.sandbox import ChatEnvironment, render
 from whalepod.text.tokenizer import Tokenizer
+
+MAX_MESSAGES = 1000
 
 
 def seen_only(token: int) -> int:
@@ -35,20 +34,21 @@ class ChatTemplate:
     def __init__(self, folder: Path | str) -> None:
         self._folder = Path(folder)
         self._config = read_settings(self._folder / "tokenizer_config.json")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        environment.filters["tojson"] = _to_json  # jinja2's own escapes for HTML
+        source = self.source
         try:
-            self._template = environment.from_string(self.source)
-        except TemplateError as error:
-            raise UserError(f"the chat template of {self._folder} cannot be read: {error}") from None
+            self._template = ChatEnvironment().from_string(source)
+        except Exception as error:  # constants are computed already, and may fail in any way
+            raise UserError(f"the chat template of {self._folder} cannot be read: {_line(error)}") from None
 
     @cached_property
     def source(self) -> str:
         """The template's text: chat_template.jinja, else what tokenizer_config.json holds."""
         file = self._folder / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            try:
+                return file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"cannot read {file}: {error}") from None
         found = self._config.get("chat_template")
         if isinstance(found, list):  # several, by name
             named = {
@@ -66,9 +66,10 @@ class ChatTemplate:
         named: dict[str, Any] = {"tools": None, "documents": None}  # always there, as in transformers
         named |= {"bos_token": self._named("bos_token"), "eos_token": self._named("eos_token")}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=prompt, **(named | more))
-        except (TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
-            raise UserError(f"the chat template refuses a conversation: {error}") from None
+            values = {"messages": messages, "add_generation_prompt": prompt, **named, **more}
+            return render(self._template, values)
+        except Exception as error:  # it is a program of someone else's
+            raise UserError(f"the chat template refuses a conversation: {_line(error)}") from None
 
     def _named(self, key: str) -> str:
         value = self._config.get(key)
@@ -115,6 +116,8 @@ def conversations(path: Path | str) -> Iterator[tuple[dict[str, Any], int]]:
             raise UserError(
                 f'{path}, line {number}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}'
             )
+        if len(messages) > MAX_MESSAGES:  # each turn of the assistant is rendered with all before it
+            raise UserError(f"{path}, line {number}: more than {MAX_MESSAGES} messages in a conversation")
         yield found, done
 
 
@@ -122,18 +125,6 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """A model folder's JSON file of settings; empty where there is none. Raises UserError."""
-    try:
-        found = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"{path} is not JSON") from None
-    return found if isinstance(found, dict) else {}
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **more: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **more)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)
+def _line(error: Exception) -> str:
+    """The first line of what a template failed with, which may quote all that it was given."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

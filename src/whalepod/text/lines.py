@@ -1,4 +1,4 @@
-"""Files with an object of JSON on every line."""
+"""JSON from files: an object on every line, or one of settings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from whalepod.spec.errors import UserError
 
 MAX_LINE_BYTES = 64 << 20
+MAX_SETTINGS_BYTES = 64 << 20
 
 
 class Line(NamedTuple):
@@ -31,6 +32,21 @@ def json_lines(path: Path) -> Iterator[Line]:
                     yield Line(number, _value(line, f"{path}, line {number}"), done)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A model folder's JSON file of settings; empty where there is none. Raises UserError."""
+    try:
+        if not path.is_file():
+            return {}
+        if path.stat().st_size > MAX_SETTINGS_BYTES:
+            raise UserError(f"{path} is longer than {MAX_SETTINGS_BYTES >> 20} MiB")
+        found = json.loads(path.read_bytes())
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path} is not JSON") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _value(line: bytes, where: str) -> Any:

@@ -26,6 +26,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from whalepod.spec.errors import UserError
 from whalepod.text import sources as text_sources
+from whalepod.text.lines import read_settings
 from whalepod.text.sources import Progress
 
 BOS = "<｜begin▁of▁sentence｜>"
@@ -60,7 +61,8 @@ class Tokenizer:
     @cached_property
     def _literal(self) -> tokenizers.Tokenizer:
         # A second copy, because the switch is a setting of the object and not an argument of its calls.
-        literal = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        with _refusing("the tokenizer"):
+            literal = tokenizers.Tokenizer.from_str(self.inner.to_str())
         literal.encode_special_tokens = True
         return literal
 
@@ -216,25 +218,37 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
             raise UserError(f"{str(file)!r} is larger than any tokenizer.json ({file.stat().st_size} bytes)")
-        content = json.loads(file.read_bytes())
-        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-            raise UserError(f"{str(file)!r} is not a tokenizer.json: it has no 'model'")
-        inner = tokenizers.Tokenizer.from_file(str(file))
-        inner.no_truncation()  # some are saved with a length limit, which would cut documents silently
-        inner.no_padding()
-    except UserError:
-        raise
+        data = file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {str(file)!r}: {error.strerror}") from error
-    except Exception as error:  # the library raises plain Exception
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{str(file)!r} is not a tokenizer.json: {reason}") from error
-    config = _config_beside(file)
+    with _refusing(repr(str(file))):
+        content = json.loads(data)
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+            raise UserError(f"{str(file)!r} is not a tokenizer.json: it has no 'model'")
+        inner = tokenizers.Tokenizer.from_buffer(data)
+        inner.no_truncation()  # some are saved with a length limit, which would cut documents silently
+        inner.no_padding()
+    config = read_settings(file.with_name("tokenizer_config.json"))
     return Tokenizer(
         inner,
         bos_id=_special_id(inner, config.get("bos_token"), BOS_NAMES),
         eos_id=_special_id(inner, config.get("eos_token"), EOS_NAMES),
     )
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Whatever the library says to what it cannot read, as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        # It raises plain Exception; a panic of its own is not even that.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(f"{what} is not a tokenizer.json: {reason}") from error
 
 
 def train_tokenizer(
@@ -348,20 +362,9 @@ def _counted(texts: Iterator[str], total: int, progress: Progress | None) -> Ite
         progress("training the tokenizer", total, total)
 
 
-def _config_beside(file: Path) -> dict[str, Any]:
-    config = file.with_name("tokenizer_config.json")
-    if not config.is_file():
-        return {}
-    try:
-        content = json.loads(config.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(config)!r} is not JSON") from error
-    return content if isinstance(content, dict) else {}
-
-
 def _special_id(inner: tokenizers.Tokenizer, named: Any, usual: tuple[str, ...]) -> int | None:
     """The id of the token that tokenizer_config.json names, as text or as an object, else of a usual one."""
     if isinstance(named, dict):
         named = named.get("content")
-    names = (named, *usual) if isinstance(named, str) else usual
+    names = (text_sources.clean(named), *usual) if isinstance(named, str) else usual
     return next((i for name in names if (i := inner.token_to_id(name)) is not None), None)

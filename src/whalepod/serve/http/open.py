@@ -15,7 +15,8 @@ from whalepod.serve.http.server import Server, make_app
 from whalepod.serve.request import Sampling
 from whalepod.serve.start import EngineConfig, Say, open_engine
 from whalepod.spec.errors import UserError
-from whalepod.text.chat import ChatTemplate, read_settings
+from whalepod.text.chat import ChatTemplate
+from whalepod.text.lines import read_settings
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def open_server(config: EngineConfig, options: ServerOptions, say: Say) -> Itera
             max_concurrent=engine.max_running + config.max_waiting,
             drain_timeout_s=options.drain_s,
         )
+        if not options.api_keys and options.host not in ("127.0.0.1", "::1", "localhost"):
+            say(f"no --api-key: whoever reaches {options.host} may use this server")
         app = make_app(engine, engine.tokenizer, _chat(folder, say), server)
 
         def started(url: str) -> None:
