@@ -645,7 +645,8 @@ def test_products_take_what_was_measured_and_a_cpu_twice_as_fast_half():
 def test_serving_is_planned_on_calibrated_cpus_and_on_no_others():
     spec, gpu = load_model_spec("v3-mini"), calibrated()
     found = search_serving(spec, Cluster(gpu, 2, 2), 128, 64, "bf16", "whalepod")
-    assert {plan.layout.num_gpus for plan in found.plans} <= {1, 2}
+    shapes = {(plan.layout.decode.tp, plan.layout.decode.ep) for plan in found.plans}
+    assert {(1, 1), (2, 1), (1, 2)} <= shapes
     best = found.plans[0]
     assert best.output_tokens_per_s > 0
     assert best.memory.framework < GIB

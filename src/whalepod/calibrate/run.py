@@ -41,7 +41,7 @@ def calibrate(
     workers = min(MAX_WORKERS, torch.cuda.device_count() if place.type == "cuda" else cores())
     with _one_thread(place), _others_busy(place, workers, sizes):
         kernels = time_kernels(place, sizes, report)
-        served = time_serving(sizes.budget_s, report) if place.type == "cpu" else None
+        served = time_serving(sizes, report) if place.type == "cpu" else None
     stream_peak = kernels.pop("peak_gb_s")
     collectives, steps = time_collectives(place, workers, sizes, report)
     gpu = described(place, name, kernels["products"], stream_peak)
@@ -97,4 +97,4 @@ def _keep_busy(sizes: Sizes, ready: Semaphore) -> None:
         ready.release()
         while True:
             time_kernels(place, sizes, lambda stage, done, total: None)
-            time_serving(sizes.budget_s, lambda stage, done, total: None)
+            time_serving(sizes, lambda stage, done, total: None)

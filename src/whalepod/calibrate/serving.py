@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whalepod.calibrate.kernels import DTYPES, Progress, median_seconds, short
+from whalepod.calibrate.kernels import DTYPES, Progress, Sizes, median_seconds, short
 from whalepod.models.attention import MLAttention
 from whalepod.models.transformer import initial_value
 from whalepod.parallel.inference import Inference, spread
@@ -33,7 +33,6 @@ from whalepod.spec.presets import load_model_spec
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SHAPES = ((256, 512), (1024, 1024))
-COLD = 1 << 27  # bytes of weights read before the first is read again: more than a cache holds
 TINY: dict[str, Any] = {
     "hidden_size": 64, "num_attention_heads": 2, "q_lora_rank": 32,
     "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
@@ -52,24 +51,25 @@ def usual_precision() -> Precision:
     return "bf16" if packs_here() else "fp32"
 
 
-def time_serving(budget_s: float, report: Progress) -> Served:
-    """All of it on one worker; budget_s: of each figure."""
+def time_serving(sizes: Sizes, report: Progress) -> Served:
+    """All of it on one worker."""
     parts = []
     for done, measure in enumerate((time_products, time_attention, time_steps)):
         report("serving", done, 3)
-        parts.append(measure(budget_s / 3))
+        parts.append(measure(sizes))
     report("serving", 3, 3)
     return Served(usual_precision(), *parts)
 
 
-def time_products(budget_s: float) -> tuple[Thin, ...]:
+def time_products(sizes: Sizes) -> tuple[Thin, ...]:
     """Linear layers by rows and size."""
+    budget_s = sizes.budget_s / 3
     dtype, out = DTYPES[usual_precision()], []
     with torch.inference_mode():
         alone = _linears(16, 16, 1, dtype)
         overhead = median_seconds(lambda: alone[0](_ones(1, 16, dtype)), torch.device("cpu"), budget_s)
         for inner, columns in SHAPES:
-            layers = _linears(inner, columns, COLD // (inner * columns * dtype.itemsize), dtype)
+            layers = _linears(inner, columns, max(1, sizes.cold // (inner * columns * dtype.itemsize)), dtype)
             for rows in ROWS:
                 x, turn = _ones(rows, inner, dtype), cycle(layers)
                 seconds = median_seconds(lambda x=x, t=turn: next(t)(x), torch.device("cpu"), budget_s)
@@ -94,8 +94,9 @@ def _ones(rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.ones(rows, width, dtype=dtype)
 
 
-def time_attention(budget_s: float) -> tuple[Decoded, ...]:
+def time_attention(sizes: Sizes) -> tuple[Decoded, ...]:
     """Absorbed attention with DeepSeek's latent and with a narrow one, over the engine's pages."""
+    budget_s = sizes.budget_s / 3
     out = []
     for heads, rank, rope in ((4, 64, 16), (4, 512, 64), (16, 512, 64)):
         spec = _spec(1, 0, 1).with_(num_attention_heads=heads, kv_lora_rank=rank, qk_rope_head_dim=rope)
@@ -130,10 +131,10 @@ def _attended(
         return median_seconds(lambda: attend(attention, q, kv), torch.device("cpu"), budget_s)
 
 
-def time_steps(budget_s: float) -> tuple[EngineStep, ...]:
+def time_steps(sizes: Sizes) -> tuple[EngineStep, ...]:
     """Decode steps of small models on this worker alone."""
     mesh = make_mesh(serving_layout(), torch.device("cpu"))
-    return tuple(_step(mesh, *sizes, budget_s) for sizes in ALONE)
+    return tuple(_step(mesh, *each, sizes.budget_s) for each in ALONE)
 
 
 def shared_steps(budget_s: float, world: int, groups: Groups) -> Iterator[tuple[Any, ...]]:
@@ -147,7 +148,7 @@ def shared_steps(budget_s: float, world: int, groups: Groups) -> Iterator[tuple[
 def _step(mesh: Mesh, dense: int, expert: int, experts: int, requests: int, budget_s: float) -> EngineStep:
     spec, layout = _spec(dense, expert, experts), mesh.layout
     inference = _model(spec, mesh)
-    new = WARM + (20 if budget_s < 0.1 else 60)
+    new = WARM + max(4, round(200 * budget_s))
     fleet = Fleet(inference, CoreConfig(requests, max_running=requests))
     if not mesh.is_first:
         fleet.follow()

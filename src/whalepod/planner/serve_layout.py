@@ -169,7 +169,9 @@ def deployment(layout: Layout) -> ServeLayout:
 
 def check_links(cluster: Cluster, num_gpus: int) -> None:
     """Raises UserError where so many GPUs would use a link or a network whose bandwidth is not known."""
-    if num_gpus > 1 and cluster.domain_gb_s is None:
+    measured = cluster.gpu.measured
+    known = cluster.domain_gb_s is not None or (measured is not None and measured.collectives)
+    if num_gpus > 1 and not known:
         raise UserError(f"the link between {cluster.gpu.name}s is not known: give the profile its pcie_gb_s")
     if num_gpus > cluster.most:
         raise UserError(

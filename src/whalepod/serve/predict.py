@@ -18,7 +18,7 @@ import torch
 from whalepod.parallel.here import here, with_threads
 from whalepod.parallel.mesh import local_device
 from whalepod.planner.serve_layout import deployment
-from whalepod.planner.serve_measured import served
+from whalepod.planner.serve_measured import around, served
 from whalepod.planner.serve_pass import pass_parts
 from whalepod.planner.serve_software import OWN_ENGINE, load_software
 from whalepod.planner.serve_step import Step
@@ -139,11 +139,16 @@ class _Play:
     def __init__(self, step: Step, config: EngineConfig, layout: Layout) -> None:
         self._step, self._config, self._layout = step, config, layout
         self._seconds = cache(self._timed)
+        # Replicas that share no experts take every step together all the same.
+        software, worker = step.software, step.worker
+        alone = worker.dp == 1 and layout.num_replicas > 1
+        self._agree = around(served(step.cluster.gpu)[1].steps).ep[0] if alone and software.measured else 0.0
 
     def _timed(
         self, writing: int, pages: int, chunks: tuple[tuple[int, int], ...], heads: int, total: int
     ) -> tuple[float, dict[str, float]]:
         parts = pass_parts(self._step, writing, pages * PAGE_SIZE, chunks, heads, total)
+        parts["host"] += self._agree
         return sum(parts.values()), parts
 
     def of(self, requests: Sequence[tuple[int, int]], concurrency: int) -> Expected:
