@@ -188,18 +188,24 @@ class Question:
                 f"--isl {isl} and --osl {osl} together are more than the {spec.max_position_embeddings} "
                 f"positions of {shown(spec.name)}"
             )
+        engine = self.engine or (OWN_ENGINE if cluster.gpu.architecture == "cpu" else ENGINE)
+        modes = MODES[:2] if self.mode in (None, "any") else (self.mode,)
+        if engine == OWN_ENGINE:
+            modes = MODES[:1]
+            if self.mode == "disaggregated":
+                raise UserError(f"--engine {OWN_ENGINE} has no disaggregated serving; use aggregated")
         usual = self.ttft_ms is None and self.tpot_ms is None and self.concurrency is None
         return ServingJob(
             spec,
             cluster,
             self.precision_on(cluster.gpu),
-            self.engine or (OWN_ENGINE if cluster.gpu.architecture == "cpu" else ENGINE),
+            engine,
             isl,
             osl,
             self.concurrency,
             TTFT_S if usual else self.ttft_ms and self.ttft_ms / 1e3,
             TPOT_S if usual else self.tpot_ms and self.tpot_ms / 1e3,
-            MODES[:2] if self.mode in (None, "any") else (self.mode,),
+            modes,
             1 if self.mtp else 0,
             Traffic() if self.imbalance is None else Traffic(imbalance=self.imbalance),
             {axis: size for axis in ("tp", "pp", "ep") if (size := getattr(self, axis)) is not None},
