@@ -17,6 +17,7 @@ from rich.table import Table
 from whalepod.report.training import Curve, draw_scaling
 from whalepod.serve.generate import Generated, generate, load_model
 from whalepod.serve.http.open import ServerOptions, background_server
+from whalepod.serve.predict import predict_written, predicted_line
 from whalepod.serve.request import Sampling
 from whalepod.serve.start import EngineConfig, serving_layout
 from whalepod.spec.counts import GIB, params
@@ -96,6 +97,9 @@ def run_demo(
     model, tokenizer = load_model(folder / "replicated")
     written = generate(model, tokenizer, PROMPT, 96, Sampling(temperature=0.6, top_p=0.9, seed=1))
     say(PROMPT + written.text)
+    alone_config = EngineConfig(str(folder / "replicated"), device="cpu")
+    expected_text = predict_written(alone_config, [(written.prompt_tokens, written.new_tokens)])
+    say(predicted_line(expected_text, written.decode_tokens_per_s))
     say("\n" + _served(folder / "replicated", workers))
     speedup = replicated.tokens_per_s / alone.tokens_per_s
     closing = _closing(workers, speedup, alone, replicated, sharded, gap)

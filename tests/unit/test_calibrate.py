@@ -19,6 +19,8 @@ from whalepod.planner.plan import time_layout
 from whalepod.planner.search import TrainingJob
 from whalepod.planner.software import load_software
 from whalepod.planner.training import STEP_OVERHEAD_S
+from whalepod.serve.predict import predict
+from whalepod.serve.start import EngineConfig
 from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Cluster, Gpu, load_gpu, override_gpu, parse_gpus, spelled_gpu
 from whalepod.spec.layout import Layout
@@ -38,6 +40,7 @@ TINY = Sizes(
     grouped=((2, 8, 16, 16), (2, 32, 16, 16)),
     attention=((1, 2, 32, 16), (1, 2, 64, 16)),
     stream=2**18,
+    cold=2**18,
     collectives=(),
     budget_s=0.001,
 )
@@ -114,6 +117,12 @@ def test_a_profile_is_written_read_back_and_taken_by_name() -> None:
     found = calibrate(sizes=TINY, device="cpu")
     assert found.measured is not None
     assert len(found.measured.products) == 4
+    served = found.measured.served
+    assert served is not None
+    assert len(served.products) == 20
+    config = EngineConfig("", device="cpu", dtype=served.precision, threads_per_worker=1)
+    expected = predict(config, load_model_spec("v3-mini"), [(32, 8)] * 2, 1, found)
+    assert expected.output_tokens_per_s == pytest.approx(16 / expected.seconds)
     path = profile.write_profile(found)
     assert path == profile_folder() / "cpu.yaml"
     again = load_gpu("CPU")

@@ -45,7 +45,15 @@ def test_what_one_device_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not prefill["collectives"]
     assert prefill["flops"] > 5 * decode["flops"]
     assert found["fits"]
+    assert not found["findings"]
     assert found["sequences_that_fit"] > 100
+    for step in role["steps"]:
+        parts = found["step_parts_s"][step["kind"]]
+        assert found["step_s"][step["kind"]] == pytest.approx(sum(parts.values()))
+        assert min(parts.values()) >= 0
+        tallest = max(sum(v for k, v in point.items() if k != "at") for point in step["memory_over_step"])
+        assert tallest == pytest.approx(step["tensors_gib"], rel=0.01)
+    assert role["memory_gib"] == pytest.approx(sum(role["memory_by_category_gib"].values()))
 
 
 def test_ranks_share_what_the_layout_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,10 +76,48 @@ def test_ranks_share_what_the_layout_splits(tmp_path: Path, capsys: pytest.Captu
     assert one["parameters"] / 2 < tp["parameters"] < 0.6 * one["parameters"]
 
 
+def test_what_does_not_fit_or_goes_over_a_slow_link_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = ("--batch", "60000", "--context", "2000", "--prefill", "64", "--roles", "first", "--json")
+    _, out, _ = asked(capsys, tmp_path, "global_batch: 1", "1xH100", *load)
+    found = json.loads(out)
+    assert not found["fits"]
+    (finding,) = found["findings"]
+    assert finding["kind"] == "memory"
+    assert "cache" in finding["problem"]
+    assert f"at most {found['sequences_that_fit']:,}" in finding["remedy"]
+    slow = ("--gpus-per-node", "2", "--batch", "2", "--context", "64", "--prefill", "64")
+    _, out, _ = asked(capsys, tmp_path, "tp: 4, global_batch: 1", "4xH100", *slow, "--json")
+    (finding,) = json.loads(out)["findings"]
+    assert (finding["kind"], finding["where"]) == ("network", "tp")
+    assert "domain of 2" in finding["problem"]
+    assert "at most 2" in finding["remedy"]
+
+
+def test_trace_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, picture = tmp_path / "trace.json", tmp_path / "memory.png"
+    options = ("--batch", "2", "--context", "64", "--prefill", "64", "--trace", str(trace))
+    code, out, _ = asked(
+        capsys, tmp_path, "pp: 2, global_batch: 4", "2xH100", *options, "--picture", str(picture), "--json"
+    )
+    assert code == 0
+    step_s = json.loads(out)["step_s"]
+    events = json.loads(trace.read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {span["args"]["layer"] for span in spans if "layer" in span["args"]} == set(range(6))
+    assert {span["pid"] for span in spans} == {0, 1}
+    end = max(span["ts"] + span["dur"] for span in spans)
+    assert end == pytest.approx(1e6 * (step_s["decode"] + step_s["prefill"]))
+    assert {event["pid"] for event in events if event["ph"] == "C"} == {0, 1}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_table_and_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = asked(capsys, tmp_path, "global_batch: 1", "1xH100", "--batch", "2")
     assert code == 0
     assert "a replica has room for" in out
+    assert "decode step" in out
     for layout, gpus, options, message in [
         ("global_batch: 1", "2xH100", (), "--gpus 1xH100"),
         ("cp: 2, global_batch: 1", "2xH100", (), "layout.cp 2: serving"),

@@ -16,14 +16,19 @@ from whalepod.planner import serve_accuracy
 from whalepod.planner.network import expected_nodes
 from whalepod.planner.serve_kernels import Kernels
 from whalepod.planner.serve_layout import ServeLayout, Worker, parse_layout
+from whalepod.planner.serve_measured import MeasuredKernels, around
 from whalepod.planner.serve_memory import cache_bytes_per_token, serve_memory, weight_bytes_per_gpu
+from whalepod.planner.serve_pass import pass_parts
 from whalepod.planner.serve_search import pareto, search_serving
 from whalepod.planner.serve_software import Engine, generation_of, load_software
-from whalepod.planner.serve_step import Traffic
+from whalepod.planner.serve_step import Step, Traffic
 from whalepod.planner.serve_worker import WorkerModel, Workload, tokens_per_step
 from whalepod.planner.serving import ServeEstimate, estimate
+from whalepod.serve.predict import predict
+from whalepod.serve.start import EngineConfig, serving_layout
 from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Cluster, Gpu, load_gpu, parse_gpus
+from whalepod.spec.measured import Attended, Collective, Decoded, EngineStep, Measured, Product, Served, Thin
 from whalepod.spec.presets import load_model_spec
 
 SAMPLE = Path(__file__).parent.parent / "data" / "serving_sample.csv"
@@ -548,3 +553,130 @@ def test_tables_that_are_none(tmp_path: Path, content: bytes):
         serve_accuracy.serving_rows(table)
     with pytest.raises(UserError, match="cannot read"):
         serve_accuracy.serving_rows(tmp_path / "absent.csv")
+
+
+# ------------------------------------------------------------------------------------- this engine, on CPUs
+
+
+def calibrated(factor: float = 1.0) -> Gpu:
+    """A CPU whose products run at 100 GFLOP/s a row's worth of k / (k + 64), whose steps follow a formula."""
+
+    def rate(rows: int, inner: int) -> float:
+        return 1e9 * min(rows, 16) * inner / (inner + 64) / factor
+
+    def step(dense: int, expert: int, experts: int, requests: int, tp: int = 1, ep: int = 1) -> EngineStep:
+        hit = 4 * experts * (1 - 0.75**requests) * expert
+        seconds = 1e-3 + 2e-4 * (dense + expert) + 3e-4 * expert + 1e-5 * hit + 5e-5 * (requests - 1)
+        seconds += 1e-4 * (dense + expert) * (tp > 1) + (2e-4 + 5e-4 * expert) * (ep > 1)
+        return EngineStep(dense, expert, experts, requests, tp, ep, factor * seconds)
+
+    sizes = [
+        (2, 0, 1, 1),
+        (8, 0, 1, 1),
+        (2, 6, 1, 1),
+        (2, 6, 8, 1),
+        (2, 0, 1, 16),
+        (8, 0, 1, 16),
+        (2, 6, 8, 16),
+    ]
+    shared = [(2, 0, 1, 1), (8, 0, 1, 1), (2, 6, 4, 1)]
+    served = Served(
+        "bf16",
+        tuple(Thin(m, k, 512, rate(m, k)) for m in (1, 4, 16, 512) for k in (256, 1024)),
+        tuple(Decoded(n, h, w, 1e10 / factor) for n in (1, 8) for h, w in ((4, 80), (4, 576), (16, 576))),
+        (
+            *(step(*size) for size in sizes),
+            *(step(*size, tp=2) for size in shared),
+            *(step(*size, ep=2) for size in shared[::2]),
+        ),
+    )
+    measured = Measured(
+        date="2026-01-01", machine="a machine", torch="2.13.0", peak_tflops={"bf16": 0.1}, peak_gb_s=10.0,
+        stream_gb_s=8.0 / factor, gather_gb_s=5.0, optimizer_gb_s=5.0, dispatch_us=2.0,
+        products=(Product("bf16", 256, 256, 256, 5e10),),
+        attention=tuple(Attended("bf16", t, 192, 1e10 / factor, 1e10) for t in (128, 512)),
+        collectives=tuple(
+            Collective(op, 2, size, factor * (2e-5 + size / 1e9))
+            for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+            for size in (2**12, 2**20)
+        ),
+        served=served,
+    )  # fmt: skip
+    base = load_gpu("cpu")
+    return replace(base, tflops={"bf16": 0.1, "fp32": 0.05}, memory_tb_s=0.01, measured=measured)
+
+
+def test_what_surrounds_arithmetic_is_recovered_from_steps_that_follow_the_formula():
+    steps = calibrated().measured.served.steps  # pyright: ignore
+    found = around(steps)
+    assert found.step == pytest.approx(1e-3)
+    assert found.layer == pytest.approx(2e-4)
+    assert found.experts == pytest.approx(3e-4)
+    assert found.expert == pytest.approx(1e-5)
+    assert found.request == pytest.approx(5e-5)
+    assert found.request_layer == pytest.approx(0, abs=1e-9)
+    assert found.tp == pytest.approx((0, 1e-4, 0), abs=1e-9)
+    assert found.ep == pytest.approx((2e-4, 0, 5e-4))
+
+
+def test_products_take_what_was_measured_and_a_cpu_twice_as_fast_half():
+    gpu = calibrated()
+    own = load_software("whalepod", gpu, "bf16")
+    kernels = MeasuredKernels(gpu, own.kernels, 2)
+    assert kernels.gemm(1, 256, 512, "bf16") == pytest.approx(2 * 256 * 512 / (1e9 * 256 / 320))
+    assert kernels.gemm(512, 1024, 512, "bf16") == pytest.approx(2 * 512 * 1024 * 512 / (16e9 * 1024 / 1088))
+    threads = replace(gpu, tflops={"bf16": 0.2, "fp32": 0.1}, memory_tb_s=0.02)
+    assert MeasuredKernels(threads, own.kernels, 2).gemm(8, 256, 512, "bf16") == pytest.approx(
+        kernels.gemm(8, 256, 512, "bf16") / 2
+    )
+    spec = load_model_spec("v3-mini")
+    slow, fast = (
+        sum(
+            pass_parts(
+                Step(spec, Worker(), Cluster(each, 1, 1), load_software("whalepod", each, "bf16"), "bf16"),
+                *(4, 128, [(0, 64)], 5, 68),
+            ).values()
+        )
+        for each in (calibrated(2.0), gpu)
+    )
+    assert slow == pytest.approx(2 * fast, rel=0.02)
+
+
+def test_serving_is_planned_on_calibrated_cpus_and_on_no_others():
+    spec, gpu = load_model_spec("v3-mini"), calibrated()
+    found = search_serving(spec, Cluster(gpu, 2, 2), 128, 64, "bf16", "whalepod")
+    shapes = {(plan.layout.decode.tp, plan.layout.decode.ep) for plan in found.plans}
+    assert {(1, 1), (2, 1), (1, 2)} <= shapes
+    best = found.plans[0]
+    assert best.output_tokens_per_s > 0
+    assert best.memory.framework < GIB
+    for engine, cpu, precision, message in [
+        ("whalepod", load_gpu("cpu"), "bf16", "whalepod calibrate"),
+        ("sglang", gpu, "bf16", "--engine whalepod"),
+        ("whalepod", gpu, "fp32", "calibrated so"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load_software(engine, cpu, precision)
+
+
+def test_a_prediction_plays_the_scheduler():
+    spec, gpu = load_model_spec("v3-mini"), calibrated()
+    config = EngineConfig("", device="cpu", dtype="bf16", threads_per_worker=1)
+    one, eight = (predict(config, spec, [(64, 16)] * 8, flight, gpu) for flight in (1, 8))
+    assert one.output_tokens_per_s == pytest.approx(8 * 16 / one.seconds)
+    # Alone, a request takes its prompt and fifteen steps.
+    assert one.tpot_s is not None
+    assert one.seconds == pytest.approx(8 * (one.ttft_s + 15 * one.tpot_s))
+    assert eight.output_tokens_per_s > one.output_tokens_per_s
+    assert eight.ttft_s > one.ttft_s
+    assert sum(eight.parts.values()) == pytest.approx(eight.seconds)
+    two = predict(replace(config, layout=serving_layout(dp=2, ep=2)), spec, [(64, 16)] * 8, 8, gpu)
+    assert two.tpot_s is not None
+    assert two.parts["experts"] < eight.parts["experts"]
+    for change, message in [
+        ({"speculate": True}, "drafts"),
+        ({"layout": serving_layout(dp=4)}, "share 2 cores"),
+        ({"dtype": "fp32"}, "calibrated so"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            predict(replace(config, **change), spec, [(64, 16)], 1, gpu)

@@ -27,7 +27,8 @@ BACKWARD = 2.5  # FLOPs of attention's backward pass over the forward one's
 @dataclass(frozen=True)
 class Sizes:
     """What is measured. products: (rows, inner, columns); grouped: (experts, rows, inner, columns);
-    attention: (sequences, heads, tokens, width of keys); stream: bytes of a tensor; collectives: bytes;
+    attention: (sequences, heads, tokens, width of keys); stream: bytes of a tensor; cold: bytes of weights
+    read before the first is read again, more than a cache holds; collectives: bytes;
     budget_s: seconds for each figure, or three repeats."""
 
     products: tuple[tuple[int, int, int], ...] = (
@@ -43,6 +44,7 @@ class Sizes:
         (1, 4, 2048, 192),
     )
     stream: int = 2**27
+    cold: int = 2**27
     collectives: tuple[int, ...] = tuple(2**n for n in range(12, 25, 2))
     budget_s: float = 0.3
 

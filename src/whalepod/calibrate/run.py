@@ -15,6 +15,7 @@ import torch
 from whalepod.calibrate.collectives import time_collectives
 from whalepod.calibrate.kernels import QUICK, Progress, Sizes, short, time_kernels
 from whalepod.calibrate.profile import check_name, cores, described, machine_name, today
+from whalepod.calibrate.serving import time_serving
 from whalepod.parallel import processes
 from whalepod.parallel.mesh import local_device
 from whalepod.spec.hardware import Gpu
@@ -40,7 +41,9 @@ def calibrate(
     workers = min(MAX_WORKERS, torch.cuda.device_count() if place.type == "cuda" else cores())
     with _one_thread(place), _others_busy(place, workers, sizes):
         kernels = time_kernels(place, sizes, report)
+        served = time_serving(sizes, report) if place.type == "cpu" else None
     stream_peak = kernels.pop("peak_gb_s")
+    collectives, steps = time_collectives(place, workers, sizes, report)
     gpu = described(place, name, kernels["products"], stream_peak)
     measured = Measured(
         date=today(),
@@ -48,8 +51,9 @@ def calibrate(
         torch=str(torch.__version__),
         peak_tflops=gpu.tflops,
         peak_gb_s=short(gpu.memory_tb_s * 1e3),
-        collectives=time_collectives(place, workers, sizes.collectives, report),
+        collectives=collectives,
         quick=quick,
+        served=served and replace(served, steps=(*served.steps, *steps)),
         **kernels,
     )
     return replace(gpu, measured=measured)
@@ -93,3 +97,4 @@ def _keep_busy(sizes: Sizes, ready: Semaphore) -> None:
         ready.release()
         while True:
             time_kernels(place, sizes, lambda stage, done, total: None)
+            time_serving(sizes, lambda stage, done, total: None)

@@ -221,9 +221,8 @@ def dryrun(
         for name, value in (("--batch", batch), ("--context", context_tokens), ("--prefill", prefill)):
             if value is not None:
                 check_number(name, value, 1, 1 << 20)
-        for name, value in (("--rank", rank), ("--picture", picture), ("--trace", trace)):
-            if value is not None:
-                raise UserError(f"{name} is for training: leave it out with --for serve")
+        if rank is not None:
+            raise UserError("--rank is for training: leave it out with --for serve")
         from whalepod.dryrun import serving, serving_views
 
         spec = job.model_spec()
@@ -236,10 +235,16 @@ def dryrun(
                 imbalance=imbalance or 1.0,
                 progress=progress,
             )
+        if picture is not None:
+            serving_views.draw_serving(served, picture)
+        if trace is not None:
+            serving_views.write_serving_trace(served, trace)
         if as_json:
             print_json(serving_views.serving_json(served))
-        else:
-            make_console().print(serving_views.serving_view(served))
+            return
+        console = make_console()
+        console.print(serving_views.serving_view(served))
+        print_files(console, picture=picture, trace=trace)
         return
     from whalepod.dryrun import roles as dry
     from whalepod.dryrun import views

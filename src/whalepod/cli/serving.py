@@ -56,6 +56,7 @@ def generate(
     """Writes text: one prompt streamed to the terminal, or a file of them all at once."""
     from whalepod.serve import generate as generate_
     from whalepod.serve.batch import read_lines
+    from whalepod.serve.predict import predict_written, predicted_line
     from whalepod.serve.request import Sampling
     from whalepod.serve.start import open_engine
 
@@ -82,8 +83,9 @@ def generate(
             show(prompt)
         on_text = None if as_json else show
         result = generate_.continued(engine, engine.tokenizer, prompt, max_new_tokens, sampling, on_text)
+    predicted = predict_written(config, [(result.prompt_tokens, result.new_tokens)])
     if as_json:
-        print_json(dataclasses.asdict(result))
+        print_json(dataclasses.asdict(result) | {"predicted": predicted})
         return
     print()
     told.print(
@@ -91,6 +93,7 @@ def generate(
         f"{result.new_tokens} new at {result.decode_tokens_per_s:,.0f}/s, "
         f"cache {result.cache_bytes_per_token:,} bytes per token]"
     )
+    told.print(predicted_line(predicted, result.decode_tokens_per_s))
 
 
 @app.command()
@@ -217,6 +220,7 @@ def _run_batch(
     as_json: bool,
 ) -> None:
     from whalepod.serve import batch
+    from whalepod.serve.predict import predict_written, predicted_line
 
     with ExitStack() as stack:
         progress = stack.enter_context(text_progress())
@@ -227,7 +231,11 @@ def _run_batch(
         result = batch.run_batch(
             engine, engine.tokenizer, config.path, lines, file, max_new_tokens, sampling, progress
         )
+    predicted = predict_written(config, result.lengths)
     if as_json:
-        print_json(dataclasses.asdict(result))
-    else:
-        make_console(stderr=True).print(batch.shown(result, config.layout.num_devices))
+        figures = {k: v for k, v in dataclasses.asdict(result).items() if k != "lengths"}
+        print_json(figures | {"predicted": predicted})
+        return
+    console = make_console(stderr=True)
+    console.print(batch.shown(result, config.layout.num_devices))
+    console.print(predicted_line(predicted, result.new_tokens_per_s))

@@ -129,7 +129,7 @@ def measure(
             peak_at=ledger.peak.where,
             state=state,
             counts=tally.now().more(whole - run, tally.middle),
-            timeline=_thinned(ledger),
+            timeline=thinned(ledger),
             held=held,
             operations=ledger.operations,
         )
@@ -213,7 +213,7 @@ def _frozen(parts: Sequence[nn.Module]) -> int:
     return sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in found)
 
 
-def _thinned(ledger: Ledger) -> tuple[tuple[float, dict[str, int]], ...]:
+def thinned(ledger: Ledger) -> tuple[tuple[float, dict[str, int]], ...]:
     """At most so many points; of those left out the highest stays."""
     points, whole = ledger.timeline, max(ledger.operations, 1)
     size = -(-len(points) // MAX_POINTS)

@@ -153,7 +153,7 @@ def draw_memory(run: DryRun, path: Path) -> Path:
     below.set_ylabel("GiB, each role")
     if len(run.roles) <= 8:
         below.legend(fontsize=7)
-    return _written(path, lambda: figure.savefig(path, dpi=130), lambda: plt.close(figure))
+    return written(path, lambda: figure.savefig(path, dpi=130), lambda: plt.close(figure))
 
 
 def write_trace(run: DryRun, path: Path) -> Path:
@@ -189,10 +189,10 @@ def write_trace(run: DryRun, path: Path) -> Path:
             events.append(
                 {"ph": "C", "pid": role.rank // each, "name": "memory GiB", "ts": at * step_us, "args": args}
             )
-    return _written(path, lambda: path.write_text(json.dumps({"traceEvents": events})))
+    return written(path, lambda: path.write_text(json.dumps({"traceEvents": events})))
 
 
-def _written(path: Path, write: Any, after: Any = lambda: None) -> Path:
+def written(path: Path, write: Any, after: Any = lambda: None) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write()

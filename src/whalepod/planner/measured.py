@@ -54,7 +54,7 @@ def fitted_shares(measured: Measured) -> dict[str, Any]:
     if attended:
         sizes = [[row.tokens for row in attended], [row.width for row in attended]]
         ways = ([row.forward_flop_s for row in attended], [row.backward_flop_s for row in attended])
-        fits = [_plane(sizes, rates) for rates in ways]
+        fits = [fitted_plane(sizes, rates) for rates in ways]
         out["attention"] = tuple(rate / peaks["bf16"] for rate, _ in fits)
         out["half_attention"] = tuple(halves for _, halves in fits)
     return out
@@ -72,7 +72,7 @@ def _line(sizes: list[int], rates: list[float]) -> tuple[float, float]:
     return float(1 / a), float(np.clip(b / a, MIN_HALF, MAX_HALF))
 
 
-def _plane(sizes: list[list[int]], rates: list[float]) -> tuple[float, tuple[float, ...]]:
+def fitted_plane(sizes: list[list[int]], rates: list[float]) -> tuple[float, tuple[float, ...]]:
     """(rate at endless sizes, halves): 1 / rate = (1 + sum of half / size) / endless, as in `_line`; what
     does not fall towards small sizes has a half of 0."""
     rate = np.array(rates)

@@ -100,6 +100,12 @@ class Kernels:
     floors: float = 1.0
     reach: Mapping[str, float] = field(default_factory=dict, hash=False)
 
+    @property
+    def around(self) -> tuple[float, float, float]:
+        """Seconds that several ranks add to a step, to a layer and to a layer with experts whatever they
+        send; none here, where the curves have latencies."""
+        return (0.0, 0.0, 0.0)
+
     def _flops(self, precision: str) -> float:
         # Precisions without hardware are computed in the next wider one (weights are still read narrow).
         for known in (precision, "fp8", "bf16"):

@@ -15,6 +15,7 @@ from typing import Literal
 
 from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Cluster
+from whalepod.spec.layout import Layout
 from whalepod.spec.model import MLA, ModelSpec, shown
 
 FP8_BLOCK = 128
@@ -156,9 +157,21 @@ class ServeLayout:
         check_links(cluster, self.num_gpus if self.prefill else self.decode.num_gpus)
 
 
+def deployment(layout: Layout) -> ServeLayout:
+    """An engine's layout as the planner names it: without EP its replicas are workers of their own. Raises
+    UserError for experts over some of a stage's devices."""
+    if layout.ep == 1:
+        return ServeLayout(Worker(tp=layout.tp, pp=layout.pp, moe_tp=layout.tp), layout.num_replicas)
+    if layout.ep != layout.tp * layout.num_replicas:
+        raise UserError("the planner knows experts over all devices of a stage, not over some of them")
+    return ServeLayout(Worker(tp=layout.tp, dp=layout.num_replicas, ep=layout.ep, pp=layout.pp))
+
+
 def check_links(cluster: Cluster, num_gpus: int) -> None:
     """Raises UserError where so many GPUs would use a link or a network whose bandwidth is not known."""
-    if num_gpus > 1 and cluster.domain_gb_s is None:
+    measured = cluster.gpu.measured
+    known = cluster.domain_gb_s is not None or (measured is not None and measured.collectives)
+    if num_gpus > 1 and not known:
         raise UserError(f"the link between {cluster.gpu.name}s is not known: give the profile its pcie_gb_s")
     if num_gpus > cluster.most:
         raise UserError(
@@ -168,7 +181,7 @@ def check_links(cluster: Cluster, num_gpus: int) -> None:
 
 def check_precision(gpu: str, tflops: object, precision: str) -> None:
     """Raises UserError where the GPU has no arithmetic of the precision."""
-    if precision not in ("bf16", "fp8", "fp4"):
+    if precision not in ("bf16", "fp8", "fp4", "fp32"):
         raise UserError(f"precision must be bf16, fp8 or fp4, not {shown(precision)}")
     have = [p for p in ("fp8", "bf16") if p in tflops]  # type: ignore[operator]
     if precision not in tflops:  # type: ignore[operator]

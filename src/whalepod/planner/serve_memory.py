@@ -68,34 +68,40 @@ class ServeMemory:
 def weight_bytes_per_gpu(spec: ModelSpec, worker: Worker, precision: str, mtp: bool = False) -> int:
     """Weights on the fullest pipeline stage's GPU.
 
-    bf16: all; fp8: linear layers in FP8 with a scale per 128 x 128 block; fp4: experts and MLPs in NVFP4,
-    attention in BF16. Embedding, head, router and norms are BF16. Experts are split over `ep` x `moe_tp`,
-    shared experts and attention over `tp`; with DP attention dense layers too are split over `tp` only.
-    MLA's down-projections are held whole by every rank.
+    bf16, fp32: all; fp8: linear layers in FP8 with a scale per 128 x 128 block; fp4: experts and MLPs in
+    NVFP4, attention in BF16. Embedding, head, router and norms are BF16. Experts are split over `ep` x
+    `moe_tp`, shared experts and attention over `tp`; with DP attention dense layers too are split over `tp`
+    only. MLA's down-projections are held whole by every rank.
     """
     layers = _stage_layers(spec, worker.pp)
     a = attention_params(spec)
     whole = a.attn_q_a + a.attn_kv_a
-    linear = {"bf16": 2.0, "fp8": _FP8_SCALE, "fp4": _FP4_BYTES}[precision]
-    attention = {"bf16": 2.0, "fp8": _FP8_SCALE, "fp4": 2.0}[precision]
-    per_layer = attention * (whole + (a.attention - whole) / worker.tp) + 2.0 * (
+    plain = plain_bytes(precision)
+    linear = {"fp8": _FP8_SCALE, "fp4": _FP4_BYTES}.get(precision, plain)
+    attention = {"fp8": _FP8_SCALE}.get(precision, plain)
+    per_layer = attention * (whole + (a.attention - whole) / worker.tp) + plain * (
         a.norms + a.attn_bias + a.indexer
     )
     total = 0.0
     for layer in layers:
         p = mlp_params(spec, layer)
-        total += per_layer + linear * (p.dense_mlp + p.shared_experts) / worker.tp + 2.0 * p.router
-        total += 4.0 * p.selection_bias + 4.0 * spec.hidden_size
+        total += per_layer + linear * (p.dense_mlp + p.shared_experts) / worker.tp + plain * p.router
+        total += 4.0 * p.selection_bias + 2.0 * plain * spec.hidden_size
         if p.routed_experts and spec.moe is not None:
             held = (spec.moe.n_routed_experts + worker.redundant(spec)) / worker.ep
             total += linear * held * expert_params(spec) / worker.moe_tp
-    table = 2.0 * spec.vocab_size * spec.hidden_size / worker.tp
+    table = plain * spec.vocab_size * spec.hidden_size / worker.tp
     ends = 1 if spec.tie_word_embeddings else 2
     # The first stage holds the embedding, the last the head.
     total += table * (ends if worker.pp == 1 else 1)
     if mtp and spec.num_nextn_predict_layers:
         total += linear * mtp_params(spec).total / max(worker.stage_gpus, 1)
     return ceil(total)
+
+
+def plain_bytes(precision: str) -> float:
+    """Of an element of what no quantisation touches."""
+    return 4.0 if precision == "fp32" else 2.0
 
 
 def cache_bytes_per_token(spec: ModelSpec, worker: Worker, cache: str) -> float:
@@ -107,13 +113,17 @@ def cache_bytes_per_token(spec: ModelSpec, worker: Worker, cache: str) -> float:
     a = spec.attention
     if isinstance(a, GQA):
         split = min(worker.tp, a.num_key_value_heads)
-        per_layer = kv_bytes_per_layer(spec, cache) / split
+        per_layer = kv_bytes_per_layer(spec, _format(cache)) / split
     elif cache == "fp8" and spec.indexer is None:
         per_layer = float(a.latent_dim)
     else:
-        per_layer = kv_bytes_per_layer(spec, cache)
+        per_layer = kv_bytes_per_layer(spec, _format(cache))
     layers = len(_stage_layers(spec, worker.pp))
     return layers * (per_layer + indexer_bytes_per_layer(spec))
+
+
+def _format(cache: str) -> str | int:
+    return 32 if cache == "fp32" else cache
 
 
 def serve_memory(
@@ -125,8 +135,11 @@ def serve_memory(
     chunk_tokens: int,
     tokens_in_cache: float = 0.0,
     mtp: bool = False,
+    framework: int = CONTEXT_BYTES + GRAPH_BYTES,
 ) -> ServeMemory:
-    """Memory of one GPU with `tokens_in_cache` tokens held over the whole worker."""
+    """Memory of one GPU with `tokens_in_cache` tokens held over the whole worker. framework: of an idle
+    engine."""
+    plain = plain_bytes(precision)
     weights = weight_bytes_per_gpu(spec, worker, precision, mtp)
     total = int(memory_gib * GIB)
     d = spec.hidden_size
@@ -139,9 +152,8 @@ def serve_memory(
     chunk = chunk_tokens / max(1, worker.dp) if worker.dp > 1 else chunk_tokens
     heads = spec.num_attention_heads / worker.tp
     width = getattr(spec.attention, "qk_head_dim", None) or getattr(spec.attention, "head_dim", 128)
-    activations = int(2.0 * chunk * (copies * d + 3.0 * heads * width) + 2.0 * 256 * spec.vocab_size)
-    communication = int(2.0 * 2.0 * chunk * max(1, worker.dp) * d) if worker.stage_gpus > 1 else 0
-    framework = CONTEXT_BYTES + GRAPH_BYTES
+    activations = int(plain * (chunk * (copies * d + 3.0 * heads * width) + 256 * spec.vocab_size))
+    communication = int(2.0 * plain * chunk * max(1, worker.dp) * d) if worker.stage_gpus > 1 else 0
     reserve = int(RESERVE_SHARE * total)
     per_token = cache_bytes_per_token(spec, worker, cache)
     left = total - weights - activations - communication - framework - reserve

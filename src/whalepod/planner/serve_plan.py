@@ -185,7 +185,8 @@ def serving_traps(plan: ServeEstimate, job: ServingJob) -> list[str]:
         )
     if worker.tp > node:
         lines.append(f"tensor parallelism over {worker.tp} GPUs leaves the fast domain of {node}")
-    if job.cluster.gpu.scale_up is None and worker.stage_gpus > 1:
+    plain = job.cluster.gpu.scale_up is None and job.cluster.gpu.architecture != "cpu"
+    if plain and worker.stage_gpus > 1:
         lines.append(f"{job.cluster.gpu.name} has no fast link: every layer's exchange runs over PCIe")
     idle = job.cluster.num_gpus - plan.layout.num_gpus
     if idle:

@@ -302,7 +302,8 @@ def _advice(
             except UserError:
                 continue
             memory = serve_memory(
-                spec, worker, cluster.gpu.memory_gib, precision, software.cache, software.chunk_tokens
+                *(spec, worker, cluster.gpu.memory_gib, precision, software.cache, software.chunk_tokens),
+                framework=software.framework_bytes,
             )
             if memory.kv_capacity_tokens > work.context:
                 lines.append(f"{number} x {cluster.gpu.name} would hold it, as {worker}")

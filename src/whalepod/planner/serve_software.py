@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from whalepod.planner.serve_kernels import Curve, KernelSet, LinkCurve
+from whalepod.planner.serve_measured import around, served
+from whalepod.planner.serve_memory import CONTEXT_BYTES, GRAPH_BYTES
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.hardware import Gpu, load_gpu
 from whalepod.spec.model import shown
 
 _DATA = Path(__file__).parent / "data" / "serving.yaml"
+OWN_ENGINE = "whalepod"
+_CPU_BYTES = int(0.4 * 2**30)
+"""Of a process that has loaded Python, torch and the engine, before any model."""
 _USUAL_REACH = 0.7
 """Of the BF16 peak, on a chip whose products nobody published; as `planner.software` takes for training."""
 
@@ -45,6 +50,10 @@ class Engine:
     overlap: two half batches, one computing while the other's tokens travel.
     transfer_us, transfer_gb_s: a prompt's hand-over from a prefill to a decode worker over the network,
         beside its bytes, which one prefill worker sends at this rate.
+    decode_layer_us: host time per layer of a decode step without graphs, which longer kernels hide too.
+    pipelined: stages work at the same time, each on a part of the batch.
+    framework_bytes: what an idle engine holds beside weights and cache.
+    measured: its kernels are those that a calibration timed on this very hardware.
     reach: by precision, the share of peak that the GPU's best products reach, over its kin's; 1 if absent.
     """
 
@@ -71,6 +80,10 @@ class Engine:
     transfer_gb_s: float = 25.0
     cold_start_s: float = 0.0
     cold_start_tokens: int = 1 << 62
+    decode_layer_us: float = 0.0
+    pipelined: bool = True
+    framework_bytes: int = CONTEXT_BYTES + GRAPH_BYTES
+    measured: bool = False
     reach: Mapping[str, float] = field(default_factory=dict, hash=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -95,8 +108,11 @@ def generation_of(engine: str, measured: str = "") -> str:
 
 
 def load_software(engine: str, gpu: Gpu, precision: str, generation: str | None = None) -> Engine:
-    """Constants of an engine on a GPU. Raises UserError for an unknown engine or generation."""
+    """Constants of an engine on a GPU. Raises UserError for an unknown engine or generation, and on CPUs for
+    all but a calibrated one's own."""
     names = generations(engine)
+    if gpu.architecture == "cpu":
+        return _on_cpu(engine, gpu, precision)
     name = names[-1] if generation is None else generation
     if name not in names:
         raise UserError(f"unknown generation {shown(name)} of {engine}{nearest(name, names)}")
@@ -107,14 +123,45 @@ def load_software(engine: str, gpu: Gpu, precision: str, generation: str | None 
         for part in (block, block.get(kin, {}), block.get(kin, {}).get(precision, {})):
             values |= {k: v for k, v in part.items() if k in Engine.__dataclass_fields__}
     cache_type = values.pop("cache", "bf16")
+    reach = _reach(gpu, kin) if notes else {}
+    if engine == OWN_ENGINE:
+        notes += ("no GPU has run whalepod's engine: SGLang's kernels, each launched by itself",)
     return Engine(
         engine=engine,
         generation=name,
         kernels=kernel_set(_engine(engine)["kernels"], kin),
         cache=cache_type,
-        reach=_reach(gpu, kin) if notes else {},
+        reach=reach,
         notes=notes,
         **values,
+    )
+
+
+def _on_cpu(engine: str, gpu: Gpu, precision: str) -> Engine:
+    """This project's engine as the profile has it."""
+    if engine != OWN_ENGINE:
+        raise UserError(f"no CPU ran {engine} for the planner: there it knows --engine {OWN_ENGINE} only")
+    found = served(gpu)[1]
+    if precision != found.precision:
+        raise UserError(
+            f"the engine serves in {found.precision.upper()} on this CPU, and was calibrated so: "
+            f"{precision.upper()} is not known"
+        )
+    fixed = around(found.steps)
+    nothing = LinkCurve(0.0, 1.0)
+    return Engine(
+        engine=engine,
+        generation="measured",
+        kernels=KernelSet({}, {}, {}, {}, nothing, nothing, min_heads=1),
+        cache=precision,
+        glue_us=fixed.layer * 1e6,
+        step_us=(fixed.step - fixed.request) * 1e6,
+        request_us=fixed.request * 1e6,
+        chunk_tokens=512,
+        exchange_ranks=2,
+        pipelined=False,
+        framework_bytes=_CPU_BYTES,
+        measured=True,
     )
 
 

@@ -17,12 +17,13 @@ import numpy as np
 
 from whalepod.planner.serve_kernels import Array, Kernels, smooth_max
 from whalepod.planner.serve_layout import Worker
+from whalepod.planner.serve_measured import MeasuredKernels
 from whalepod.planner.serve_software import Engine
-from whalepod.spec.hardware import Gpu
+from whalepod.spec.hardware import Cluster
 from whalepod.spec.model import GQA, MLA, ModelSpec
 
-CACHE_BYTES = {"bf16": 2.0, "fp8": 1.0}
-_WIRE_BYTES = {"bf16": 2.0, "fp8": 1.03, "fp4": 0.5625}
+CACHE_BYTES = {"bf16": 2.0, "fp8": 1.0, "fp32": 4.0}
+_WIRE_BYTES = {"bf16": 2.0, "fp8": 1.03, "fp4": 0.5625, "fp32": 2.0}
 _ACTIVATION_PASSES = 14.0
 """Reads and writes of the hidden state per layer by kernels that compute little: two norms, residuals,
 quantisation, rotary, routing."""
@@ -75,16 +76,18 @@ class Step:
 
     spec: ModelSpec
     worker: Worker
-    gpu: Gpu
+    cluster: Cluster
     software: Engine
     precision: str
-    domain: int
     traffic: Traffic = DEFAULT_TRAFFIC
 
     @cached_property
     def kernels(self) -> Kernels:
-        s = self.software
-        return Kernels(self.gpu, s.kernels, self.domain, s.floors, s.reach)
+        s, w, gpu = self.software, self.worker, self.cluster.gpu
+        if s.measured:
+            shared = "tp" if w.tp > 1 else "ep" if w.dp > 1 else ""
+            return MeasuredKernels(gpu, s.kernels, self.cluster.domain, shared=shared)
+        return Kernels(gpu, s.kernels, self.cluster.domain, s.floors, s.reach)
 
     @property
     def _attention_precision(self) -> str:
@@ -97,26 +100,37 @@ class Step:
 
         drafts: speculated tokens that are verified in the same pass and written by MTP blocks before.
         """
-        w, batch = self.worker, np.asarray(batch, float) / self.worker.pp
+        w, s = self.worker, self.software
+        batch = np.asarray(batch, float) / (w.pp if s.pipelined else 1)
         per_rank = np.maximum(batch / w.dp, 1.0)
         tokens, total = per_rank * (1 + drafts), np.maximum(batch, 1.0) * (1 + drafts)
 
         def attention(share: float) -> Array:
             return self._decode_attention(per_rank * share, tokens * share, context)
 
-        parts = self._pass(tokens, total, attention, decode=True)
-        parts["head"] = self._head(tokens, total)
+        parts = self.layers(tokens, total, attention, decode=True)
+        parts["head"] = self.head(tokens, total)
         if drafts:  # each is written by one more block and the head
             layers = sum(time for name, time in parts.items() if name != "head")
             parts["drafts"] = drafts * (layers / self.spec.num_hidden_layers + parts["head"])
         if w.pp > 1:
-            parts["pipeline"] = self._hand_on(tokens)
-        s = self.software
-        parts["host"] = 1e-6 * (s.step_us + s.request_us * per_rank)
+            parts["pipeline"] = self.hand_on(tokens)
+        # Without graphs the host issues the layers; kernels longer than that hide it.
+        issue = np.maximum(1e-6 * s.decode_layer_us * self.spec.num_hidden_layers - sum(parts.values()), 0.0)
+        parts["host"] = 1e-6 * (s.step_us + s.request_us * per_rank) + self.kernels.around[0] + issue
         return parts
 
     def _decode_attention(self, requests: Array, tokens: Array, context: Array) -> Array:
-        """One layer's attention over the cache, projections included, for `tokens` of `requests`."""
+        return self.projections(tokens) + self.decode_scores(requests, tokens, context)
+
+    def projections(self, tokens: Array) -> Array:
+        """One layer's products around attention, but those that its form decides about."""
+        if isinstance(self.spec.attention, GQA):
+            return self._gqa_projections(tokens)
+        return self._mla_projections(tokens, expand=False)
+
+    def decode_scores(self, requests: Array, tokens: Array, context: Array) -> Array:
+        """One layer's attention over the cache for `tokens` of `requests`."""
         spec, k, a, tp = self.spec, self.kernels, self.spec.attention, self.worker.tp
         heads, cache = spec.num_attention_heads / tp, self.software.cache
         keys = context if spec.indexer is None else np.minimum(context, spec.indexer.index_topk)
@@ -124,10 +138,9 @@ class Step:
         share = np.maximum(tokens / requests, 1.0)
         if isinstance(a, GQA):
             width = 2.0 * a.head_dim * max(a.num_key_value_heads / tp, 1.0)
-            scores = k.decode_attention(
+            return k.decode_attention(
                 requests, keys * share, heads, 2.0 * a.head_dim, width / share, cache, CACHE_BYTES[cache]
             )
-            return self._gqa_projections(tokens) + scores
         heads_padded = max(heads, self.software.kernels.min_heads)
         width = a.latent_dim + a.kv_lora_rank
         time = k.decode_attention(
@@ -135,7 +148,7 @@ class Step:
         )
         time = time + k.per_head(tokens, heads, a.qk_nope_head_dim, a.kv_lora_rank)
         time = time + k.per_head(tokens, heads, a.kv_lora_rank, a.v_head_dim)
-        return time + self._mla_projections(tokens, expand=False) + self._indexer(tokens, requests, context)
+        return time + self._indexer(tokens, requests, context)
 
     def _indexer(self, tokens: Array, requests: Array, keys: Array) -> Array:
         """One layer's lightning indexer, its projections included; zero without one."""
@@ -190,24 +203,24 @@ class Step:
             scores = k.prefill_attention(n, keys, heads, width, cache)
             return self._mla_projections(n, expand=True) + scores + self._indexer(n, n / prompt, prompt / 2.0)
 
-        parts = self._pass(tokens, total, attention, decode=False)
+        parts = self.layers(tokens, total, attention, decode=False)
         parts = {name: time * self.software.prefill_slowdown for name, time in parts.items()}
-        parts["head"] = self._head(np.maximum(tokens / prompt, 1.0), np.maximum(total / prompt, 1.0))
+        parts["head"] = self.head(np.maximum(tokens / prompt, 1.0), np.maximum(total / prompt, 1.0))
         if self.worker.pp > 1:
-            parts["pipeline"] = self._hand_on(tokens)
-        # Without graphs the host issues the layers; kernels longer than that hide it.
+            parts["pipeline"] = self.hand_on(tokens)
         issue = 1e-6 * self.software.prefill_layer_us * spec.num_hidden_layers
         parts["host"] = np.maximum(issue - sum(parts.values()), 0.0)
         return parts
 
-    def _hand_on(self, tokens: Array) -> Array:
+    def hand_on(self, tokens: Array) -> Array:
         """The hidden state through all pipeline stages."""
         w = self.worker
-        return (w.pp - 1) * self.kernels.send(2.0 * tokens * self.spec.hidden_size, w.num_gpus > self.domain)
+        far = w.num_gpus > self.cluster.domain
+        return (w.pp - 1) * self.kernels.send(2.0 * tokens * self.spec.hidden_size, far)
 
     # ------------------------------------------------------------------------------------------- pass
 
-    def _pass(self, tokens: Array, total: Array, attention: Attention, decode: bool) -> dict[str, Array]:
+    def layers(self, tokens: Array, total: Array, attention: Attention, decode: bool) -> dict[str, Array]:
         """All layers without the head: `tokens` per attention rank, `total` over the worker's stage."""
         w = self.worker
         if not (self.software.overlap and w.ep >= self.software.exchange_ranks and w.dp > 1):
@@ -226,7 +239,7 @@ class Step:
         spec, k, w, s = self.spec, self.kernels, self.worker, self.software
         layers, moe_layers, d = spec.num_hidden_layers, spec.num_moe_layers, spec.hidden_size
         dense_layers = layers - moe_layers
-        glue = 1e-6 * s.glue_us + k.passes(tokens, d, _ACTIVATION_PASSES)
+        glue = 1e-6 * s.glue_us + k.around[1] + k.passes(tokens, d, _ACTIVATION_PASSES)
         parts = {"attention": layers * attention, "other": layers * glue}
         reduce = k.all_reduce(2.0 * tokens * d, w.tp)
         # One all-reduce after attention, one after the MLP; DP's experts have their own exchange instead.
@@ -272,7 +285,7 @@ class Step:
         out, back = k.gather(total * d * wire, w.dp, w.tp), k.gather(total * d * 2.0, w.dp, w.tp)
         return (out + back) * self.software.gather_slowdown
 
-    def _head(self, tokens: Array, total: Array) -> Array:
+    def head(self, tokens: Array, total: Array) -> Array:
         """Output head over the vocabulary, split over `tp`, or over all GPUs with gathered tokens."""
         rows = total if self.worker.dp > 1 else tokens
         columns = self.spec.vocab_size / self.worker.stage_gpus

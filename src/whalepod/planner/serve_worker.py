@@ -98,8 +98,7 @@ class WorkerModel:
 
     @cached_property
     def step(self) -> Step:
-        gpu, domain = self.cluster.gpu, self.cluster.domain
-        return Step(self.spec, self.worker, gpu, self.software, self.precision, domain, self.traffic)
+        return Step(self.spec, self.worker, self.cluster, self.software, self.precision, self.traffic)
 
     @cached_property
     def memory(self) -> ServeMemory:
@@ -115,6 +114,7 @@ class WorkerModel:
             self.software.chunk_tokens,
             tokens,
             self.work.drafts > 0,
+            self.software.framework_bytes,
         )
 
     def memory_at(self, batch: float) -> ServeMemory:
@@ -169,7 +169,8 @@ class WorkerModel:
     @cached_property
     def prompt_busy_s(self) -> float:
         """Seconds of the worker per prompt when all attention ranks have full passes to do."""
-        return sum(self._prompt(1.0, full=True).values()) / self.worker.dp / self.worker.pp
+        stages = self.worker.pp if self.software.pipelined else 1
+        return sum(self._prompt(1.0, full=True).values()) / self.worker.dp / stages
 
 
 def need_memory(model: WorkerModel) -> None:

@@ -15,25 +15,19 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from whalepod.parallel.mesh import local_device
-from whalepod.planner.serve_layout import ServeLayout, Worker
-from whalepod.planner.serve_software import engine_names, load_software
-from whalepod.planner.serve_worker import Workload
-from whalepod.planner.serving import ServeEstimate, estimate
 from whalepod.report.planning_tables import NARROW, notes, plain_table, three
-from whalepod.report.question import ENGINE, Question
 from whalepod.serve.client import find_model, open_client
 from whalepod.serve.http.open import ServerOptions, background_server
 from whalepod.serve.measure import Load, Point, Progress, measure
+from whalepod.serve.predict import Expected, predict
 from whalepod.serve.start import EngineConfig
 from whalepod.spec.errors import UserError
-from whalepod.spec.hardware import Cluster, Gpu
+from whalepod.spec.hardware import Gpu
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import shown
+from whalepod.spec.presets import load_model_spec
 from whalepod.text.tokenizer import load_tokenizer
-from whalepod.train.predict import here
 
-OWN_ENGINE = "whalepod"
 COMPARED = {"output_tokens_per_s": "output_tokens_per_s", "ttft_ms": "ttft_ms_p50", "tpot_ms": "tpot_ms_p50"}
 """What is predicted, and the measured figure that it stands beside."""
 
@@ -73,54 +67,26 @@ def bench_folder(
         if url is None:
             return None
         name, points = asyncio.run(run(url))
-    estimates: dict[int, ServeEstimate] = {}
+    estimates: dict[int, Expected] = {}
     why = None
     try:
-        gpu = here(local_device(config.device))
         for point in points:
             if point.concurrency is None:
                 raise UserError("the planner knows requests in flight, not their rate")
-            estimates[point.concurrency] = predicted(config, load, point.concurrency, len(point.answers), gpu)
+            estimates[point.concurrency] = predicted(config, load, point.concurrency, len(point.answers))
     except UserError as error:
         why = str(error)
     return _document(config.path, name, load, points, estimates, why) | {"layout": _sizes(config.layout)}
 
 
 def predicted(
-    config: EngineConfig, load: Load, concurrency: int, requests: int, gpu: Gpu | None
-) -> ServeEstimate:
+    config: EngineConfig, load: Load, concurrency: int, requests: int, gpu: Gpu | None = None
+) -> Expected:
     """What the planner expects of the same engine, load and layout. Raises UserError where it cannot tell."""
-    if gpu is None:
-        raise UserError("no profile describes this machine's accelerator: `whalepod calibrate` writes one")
-    layout = config.layout
-    question = Question(
-        config.path,
-        "serve",
-        # The engine computes in BF16 whatever the weights were released in.
-        precision="bf16",
-        isl=load.prompt_tokens,
-        osl=load.new_tokens,
-        concurrency=concurrency,
-        engine=OWN_ENGINE if OWN_ENGINE in engine_names() else ENGINE,
-        mtp=config.speculate or None,
-    )
-    job = question.serving_job(Cluster(gpu, layout.num_devices, min(gpu.gpus_per_node, layout.num_devices)))
-    if config.dtype == "fp32":
-        raise UserError("the planner does not know serving in FP32")
-    work = Workload(job.isl, job.osl, requests_per_slot=max(1.0, requests / concurrency), drafts=job.drafts)
-    software = load_software(job.engine, gpu, job.precision)
-    return estimate(
-        job.spec, job.cluster, deployment(layout), work, concurrency, job.precision, software, job.traffic
-    )
-
-
-def deployment(layout: Layout) -> ServeLayout:
-    """An engine's layout as the planner names it: without EP its replicas are workers of their own."""
-    if layout.ep == 1:
-        return ServeLayout(Worker(tp=layout.tp, pp=layout.pp, moe_tp=layout.tp), layout.num_replicas)
-    if layout.ep != layout.tp * layout.num_replicas:
-        raise UserError("the planner knows experts over all devices of a stage, not over some of them")
-    return ServeLayout(Worker(tp=layout.tp, dp=layout.num_replicas, ep=layout.ep, pp=layout.pp))
+    if load.shared_prefix:
+        raise UserError("what a shared prefix saves is not predicted")
+    each = (load.prompt_tokens, load.new_tokens)
+    return predict(config, load_model_spec(config.path), [each] * requests, concurrency, gpu)
 
 
 def _document(
@@ -128,7 +94,7 @@ def _document(
     model: str,
     load: Load,
     points: list[Point],
-    estimates: Mapping[int, ServeEstimate],
+    estimates: Mapping[int, Expected],
     why: str | None,
 ) -> dict[str, Any]:
     """`ratio`: measured over predicted, the median where it is a time; `not_predicted`: why not."""
@@ -137,10 +103,9 @@ def _document(
         row = point.as_dict() | {"predicted": None, "ratio": None}
         if point.concurrency is not None and point.concurrency in estimates:
             expected = estimates[point.concurrency].as_dict()
-            expected["output_tokens_per_s"] = expected.pop("tokens_per_s")
             row["predicted"] = {name: expected[name] for name in (*COMPARED, "limited_by")}
             row["ratio"] = {
-                name: None if row[measured] is None else row[measured] / expected[name]
+                name: row[measured] / expected[name] if row[measured] and expected[name] else None
                 for name, measured in COMPARED.items()
             }
         rows.append(row)

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from whalepod.parallel.here import here
 from whalepod.parallel.mesh import local_device
 from whalepod.report.question import Question
 from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Gpu
 from whalepod.spec.presets import load_preset
 from whalepod.spec.run import make_run
-from whalepod.train.predict import here
 from whalepod.train.start import train
 
 Progress = Callable[[str, int, int], None]

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from whalepod.planner.search import SCHEDULES, TrainingJob, default_batch
+from whalepod.planner.serve_measured import served
 from whalepod.planner.serve_plan import ServingJob
-from whalepod.planner.serve_software import engine_names
+from whalepod.planner.serve_software import OWN_ENGINE, engine_names
 from whalepod.planner.serve_step import Traffic
 from whalepod.planner.software import load_software, usual_software
 from whalepod.spec.errors import UserError, nearest
@@ -151,6 +152,8 @@ class Question:
         `auto`, which tries FP8 and BF16, is BF16 on a GPU that has no other."""
         if self.precision is not None:
             return "bf16" if self.precision == "auto" and not gpu.supports("fp8") else self.precision
+        if self.goal == "serve" and gpu.architecture == "cpu":
+            return served(gpu)[1].precision
         return "fp8" if self.spec.quantization is not None and gpu.supports("fp8") else "bf16"
 
     def training_job(self, cluster: Cluster) -> TrainingJob:
@@ -178,8 +181,6 @@ class Question:
     def serving_job(self, cluster: Cluster) -> ServingJob:
         """What the planner is asked to serve on `cluster`."""
         spec = self.spec
-        if cluster.gpu.architecture == "cpu":
-            raise UserError("serving is planned for GPUs only: no kernel of an engine on CPUs was measured")
         isl, osl = self.isl or min(ISL, spec.max_position_embeddings // 2), self.osl or OSL
         osl = osl if self.osl else min(osl, max(1, spec.max_position_embeddings - isl))
         if isl + osl > spec.max_position_embeddings:
@@ -187,18 +188,24 @@ class Question:
                 f"--isl {isl} and --osl {osl} together are more than the {spec.max_position_embeddings} "
                 f"positions of {shown(spec.name)}"
             )
+        engine = self.engine or (OWN_ENGINE if cluster.gpu.architecture == "cpu" else ENGINE)
+        modes = MODES[:2] if self.mode in (None, "any") else (self.mode,)
+        if engine == OWN_ENGINE:
+            modes = MODES[:1]
+            if self.mode == "disaggregated":
+                raise UserError(f"--engine {OWN_ENGINE} has no disaggregated serving; use aggregated")
         usual = self.ttft_ms is None and self.tpot_ms is None and self.concurrency is None
         return ServingJob(
             spec,
             cluster,
             self.precision_on(cluster.gpu),
-            self.engine or ENGINE,
+            engine,
             isl,
             osl,
             self.concurrency,
             TTFT_S if usual else self.ttft_ms and self.ttft_ms / 1e3,
             TPOT_S if usual else self.tpot_ms and self.tpot_ms / 1e3,
-            MODES[:2] if self.mode in (None, "any") else (self.mode,),
+            modes,
             1 if self.mtp else 0,
             Traffic() if self.imbalance is None else Traffic(imbalance=self.imbalance),
             {axis: size for axis in ("tp", "pp", "ep") if (size := getattr(self, axis)) is not None},

@@ -22,7 +22,8 @@ Lines = list[tuple[int, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What a batch brought; tokens per second over all of it, prompts and new ones apart."""
+    """What a batch brought; tokens per second over all of it, prompts and new ones apart. lengths: of each
+    prompt, and of its answer."""
 
     requests: int
     prompt_tokens: int
@@ -31,6 +32,7 @@ class BatchResult:
     seconds: float
     prompt_tokens_per_s: float
     new_tokens_per_s: float
+    lengths: list[tuple[int, int]]
 
 
 def run_batch(
@@ -67,7 +69,12 @@ def run_batch(
     prompts = after.prompt_tokens - before.prompt_tokens
     new = after.new_tokens - before.new_tokens
     cached = after.cached_tokens - before.cached_tokens
-    return BatchResult(len(requests), prompts, cached, new, seconds, prompts / seconds, new / seconds)
+    # Answers that end early are as long as all of them on average.
+    mean = round(new / len(requests))
+    lengths = [(len(each.prompt), max(1, min(each.max_new_tokens, mean))) for each in requests]
+    return BatchResult(
+        len(requests), prompts, cached, new, seconds, prompts / seconds, new / seconds, lengths
+    )
 
 
 def _check(engine: Engine, request: Request, where: str) -> None:

@@ -64,7 +64,51 @@ class Collective(NamedTuple):
     seconds: _Seconds
 
 
+class Thin(NamedTuple):
+    """A linear layer as the engine has it, its weights out of memory: rows x inner times inner x columns."""
+
+    rows: _Size
+    inner: _Size
+    columns: _Size
+    flop_s: _Flops
+
+
+class Decoded(NamedTuple):
+    """Attention of the next tokens of so many sequences over their cached rows of `width`, for `heads`: what
+    longer sequences add. FLOPs of scores and values, 4 heads x width a cached token."""
+
+    requests: _Size
+    heads: _Size
+    width: _Size
+    flop_s: _Flops
+
+
+class EngineStep(NamedTuple):
+    """A decode step of a model so small that its arithmetic hardly counts. experts: that a token goes to;
+    tp, ep: ranks that share it."""
+
+    dense_layers: Annotated[int, Field(strict=True, ge=0, le=10**4)]
+    expert_layers: Annotated[int, Field(strict=True, ge=0, le=10**4)]
+    experts: _Size
+    requests: _Size
+    tp: _Size
+    ep: _Size
+    seconds: _Seconds
+
+
 _FEW = Field(max_length=MAX_ROWS)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What this project's engine takes on a worker's thread, in the precision that it serves in here."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    precision: Precision
+    products: Annotated[tuple[Thin, ...], _FEW, Field(min_length=2)]
+    attention: Annotated[tuple[Decoded, ...], _FEW, Field(min_length=1)]
+    steps: Annotated[tuple[EngineStep, ...], _FEW, Field(min_length=6)]
 
 
 @dataclass(frozen=True)
@@ -89,6 +133,7 @@ class Measured:
     attention: Annotated[tuple[Attended, ...], _FEW] = ()
     collectives: Annotated[tuple[Collective, ...], _FEW] = ()
     quick: Annotated[bool, Field(strict=True)] = False
+    served: Served | None = None
 
 
 def profile_folder() -> Path:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from whalepod.parallel.here import here, with_threads
 from whalepod.planner.candidates import Candidates
 from whalepod.planner.cut import cut
 from whalepod.planner.plan import time_run
@@ -17,10 +18,8 @@ from whalepod.planner.software import own_software
 from whalepod.planner.state import State, unit_counts
 from whalepod.planner.traffic import step_traffic
 from whalepod.spec.counts import GIB
-from whalepod.spec.errors import UserError
-from whalepod.spec.hardware import Cluster, Gpu, load_gpu, spelled_gpu
+from whalepod.spec.hardware import Cluster
 from whalepod.spec.layout import Layout
-from whalepod.spec.measured import profile_name
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.run import Moments
 
@@ -63,7 +62,7 @@ def predict(
     if emulated:  # by products in BF16, and by more that has no model
         gpu = replace(gpu, tflops={**gpu.tflops, "fp8": gpu.tflops["bf16"]})
     if device.type == "cpu":
-        gpu = _with_threads(gpu, threads)
+        gpu = with_threads(gpu, threads)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", layout.num_devices))
     cluster = Cluster(gpu, layout.num_devices, min(local, layout.num_devices))
     job = TrainingJob(
@@ -90,25 +89,3 @@ def _state_gib(spec: ModelSpec, layout: Layout, job: TrainingJob, sequence_lengt
     layers = cut(spec, layout.pp, int(c.stages[0]), layout.schedule, sequence_length, layout.stage_layers)
     held = State(spec, c, job.software.state).of(unit_counts(spec, layers), np.array([0]))
     return float((held["weights"] + held["gradients"] + held["optimizer"]).max()) / GIB
-
-
-def here(device: torch.device) -> Gpu | None:
-    """This device's profile: the one that was measured, else the database's."""
-    if device.type == "cpu":
-        return load_gpu("cpu")
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    try:
-        return load_gpu(profile_name(name))
-    except UserError:
-        return spelled_gpu(name)
-
-
-def _with_threads(gpu: Gpu, threads: int) -> Gpu:
-    """Of workers that have so many cores each: arithmetic and memory so many times as fast."""
-    return replace(
-        gpu,  # what was measured counts in shares of these
-        tflops={name: value * threads for name, value in gpu.tflops.items()},
-        memory_tb_s=gpu.memory_tb_s * threads,
-    )
