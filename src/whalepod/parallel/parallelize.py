@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from whalepod.models.attention import Attend, within_documents
+from whalepod.models.attention import Attend, choose_core, within_documents
 from whalepod.models.lora import add_adapters
 from whalepod.models.loss import not_counted, seen
 from whalepod.models.moe import MoELayer, Router
+from whalepod.models.tiled import tiled
 from whalepod.models.transformer import Losses, Transformer, initial_value, target_windows
 from whalepod.parallel.context import context_attend, document_positions, positions
 from whalepod.parallel.exchange import make_dispatcher
@@ -31,6 +32,7 @@ from whalepod.parallel.stage import Stage, make_stages, shared_parameters, tie_s
 from whalepod.parallel.state import TrainingState, sum_in_buckets
 from whalepod.parallel.tensor import split_tensors
 from whalepod.precision.fp8_training import compute_in_fp8
+from whalepod.precision.widened import widen_products
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.run import FP8Config, LoRAConfig
 from whalepod.spec.schedule import RULES
@@ -227,6 +229,8 @@ def parallelize(
     dtype = DTYPES[layout.precision]
     parts, held = place(model, mesh, sequence_length, dtype)
     for part in parts:
+        if mesh.device.type == "cpu":
+            choose_core(part, tiled)
         if layout.precision == "fp8":
             compute_in_fp8(part, fp8 or FP8Config())
         apply_recompute(part, layout.recompute, mesh.traffic)
@@ -253,6 +257,8 @@ def place(
     """What this rank has of a model, for training and for inference alike: its parts, with parameters cut
     (those not trained of type `frozen`) and the moves of `tp` and `ep` around them; what it holds of each."""
     layout = mesh.layout
+    if mesh.device.type == "cpu":
+        widen_products()
     parts: list[Part] = [model]
     if layout.pp > 1:
         split = split_stages(model.spec, layout.num_stages, sequence_length, layout.stage_layers)
