@@ -47,11 +47,16 @@ def causal(attention: Attention, q: Tensor, kv: Tensor) -> Tensor:
     return attention.expanded(q, kv, None)
 
 
-def within_documents(positions_BS: Tensor) -> Attend:
-    """Every position sees what came before it in its own document, which begins where positions are 0."""
+def document_mask(positions_BS: Tensor) -> Tensor:
+    """[B, 1, S, S]: every position sees what came before it in its own document, which begins where positions
+    are 0."""
     document = (positions_BS == 0).cumsum(1)
     same = document.unsqueeze(1) == document.unsqueeze(2)
-    mask = (same & causal_mask(same.shape[1], same.shape[2], same.device)).unsqueeze(1)
+    return (same & causal_mask(same.shape[1], same.shape[2], same.device)).unsqueeze(1)
+
+
+def masked(mask: Tensor) -> Attend:
+    """Positions see what `mask` says; no cache."""
     return lambda attention, q, kv: attention.expanded(q, kv, mask)
 
 

@@ -9,18 +9,19 @@ block by block, so that a rank never holds more than its share and one block.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from whalepod.models.attention import Attend, choose_core, within_documents
+from whalepod.models.attention import Attend, choose_core
 from whalepod.models.lora import add_adapters
 from whalepod.models.loss import not_counted, seen
 from whalepod.models.moe import MoELayer, Router
 from whalepod.models.tiled import tiled
 from whalepod.models.transformer import Losses, Transformer, initial_value, target_windows
-from whalepod.parallel.context import context_attend, document_positions, positions
+from whalepod.parallel.context import context_attend, document_positions, documents_apart, positions
 from whalepod.parallel.exchange import make_dispatcher
 from whalepod.parallel.mesh import Mesh
 from whalepod.parallel.pipeline import Hidden, Pipeline
@@ -46,12 +47,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 
 
 class Batch(NamedTuple):
-    """What this rank computes of some sequences: its positions of each, under context parallelism; or with
-    every sequence's own, counted from its documents' beginnings."""
+    """What this rank computes of some sequences, under context parallelism its part of each."""
 
     tokens_BS: Tensor
     targets_BSK: Tensor
-    positions: Tensor  # [S] or [B, S]
+    positions: Tensor
+    """[S]; where documents are apart [B, S] of the whole sequences, counted from documents' beginnings."""
 
 
 class Parallel:
@@ -68,12 +69,11 @@ class Parallel:
             part.train(mode)
 
     def mask_documents(self, separator: int) -> None:
-        """Attention ends at the beginning of a document: behind a token `separator`. Not with `cp`."""
-        assert self.mesh["cp"].size == 1
+        """Attention ends at the beginning of a document: behind a token `separator`."""
         self._separator = separator
         for part in self.parts:
             if isinstance(part, Stage):
-                part.masks_documents = True
+                part.documents = partial(documents_apart, cp=self.mesh["cp"])
 
     @property
     def routers(self) -> list[Router]:
@@ -87,11 +87,12 @@ class Parallel:
         where = positions(length, self.mesh["cp"], rows.device)
         targets = target_windows(rows[:, 1:], depths)
         rows = seen(rows)
+        tokens = rows[:, :length]
+        if self.mesh["cp"].size > 1:
+            tokens, targets = tokens[:, where], targets[:, where]
         if self._separator is not None:
             where = document_positions(rows[:, :length], self._separator)
-        if self.mesh["cp"].size == 1:
-            return Batch(rows[:, :length], targets, where)
-        return Batch(rows[:, where], targets[:, where], where)
+        return Batch(tokens, targets, where)
 
     def backward(self, rows: Tensor, tokens: int, mtp_weight: float) -> Tensor:
         """Forward and backward passes of a step's sequences [B, S + 1 + MTP depths].
@@ -182,8 +183,10 @@ class Parallel:
 
     def _losses(self, batch: Batch) -> Tensor:
         """Summed losses [1 + MTP depths] of a whole model."""
-        attend = self.attend if self._separator is None else within_documents(batch.positions)
-        losses: Losses = self.parts[0](*batch, attend)
+        where, attend = batch.positions, self.attend
+        if self._separator is not None:
+            where, attend = documents_apart(where, self.mesh["cp"])
+        losses: Losses = self.parts[0](batch.tokens_BS, batch.targets_BSK, where, attend)
         return torch.stack((losses.main, *losses.mtp))
 
     def _pipeline(self, rows: Tensor, micro_batches: int) -> Pipeline:
