@@ -29,7 +29,6 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "bmm": ((A, B), {}),
     "addmm": ((C[0], A[0], B[0]), {"beta": 0.5, "alpha": 2.0}),
     "baddbmm": ((C, A, B), {"beta": 0.5, "alpha": 2.0}),
-    "_grouped_mm": ((A[0], B, ENDS), {}),
 }
 
 
@@ -74,3 +73,6 @@ def test_attention() -> None:
 def test_the_replaced_products_of_this_process() -> None:
     widened.widen_products()
     assert torch.equal(A @ B, (A.float() @ B.float()).bfloat16())
+    grouped = torch.nn.functional.grouped_mm(A[0], B, offs=ENDS)
+    expected = torch.nn.functional.grouped_mm(A[0].float(), B.float(), offs=ENDS)
+    torch.testing.assert_close(grouped.float(), expected, rtol=2**-8, atol=1e-3)

@@ -20,11 +20,12 @@ from torch import Tensor
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 _OPERATIONS = {
-    **dict.fromkeys((*_PRODUCTS, *(f"{name}.out" for name in _PRODUCTS), "_grouped_mm"), 1),
+    **dict.fromkeys((*_PRODUCTS, *(f"{name}.out" for name in _PRODUCTS)), 1),
     _ATTENTION: 1,  # the second result is the softmax's log-sum: FP32 for BF16 queries too
     f"{_ATTENTION}_backward": 3,
 }
-"""Kernels to replace, and how many of their results have the operands' type."""
+"""Kernels to replace, and how many of their results have the operands' type. Grouped products are made of
+`mm.out`, expert by expert, whose wide weight stays in the cache."""
 
 
 @lru_cache(maxsize=1)
