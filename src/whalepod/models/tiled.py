@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-STRIP = 64  # queries, of every head that shares its keys
+STRIP = 128  # queries, of every head that shares its keys
 SCRATCH = 1 << 20  # scores at a time, as long as one head's strip is not more
 
 _library = torch.library.Library("whalepod", "FRAGMENT")
