@@ -1,15 +1,17 @@
 """How near `micro_batch: auto` comes to the best of a hand sweep.
 
-    python bench/auto_micro_batch.py [--rounds 2] [--jobs one two sharded]
+    python bench/auto_micro_batch.py [--rounds 1] [--jobs one two sharded]
 
 For each job: `auto` chooses; then every micro-batch there is, with every recomputation that fits, trains a
 few steps of its own, round after round in turn. A row's figure is its median over the rounds; printed is the
-chosen one's over the best one's. All is printed and written to results/auto_micro_batch.json.
+chosen one's over the best one's. All is printed and written to results/auto_micro_batch.json, which keeps
+what it has of other jobs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -21,19 +23,19 @@ from whalepod.spec.run import make_run
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS: dict[str, dict[str, Any]] = {  # of sequences of 256 tokens, with gibibytes that make the choice matter
-    "one": {"layout": {"global_batch": 32}, "memory_gib": 2.0},
-    "two": {"layout": {"global_batch": 32, "dp_replicate": 2}, "memory_gib": 1.6},
-    "sharded": {"layout": {"global_batch": 32, "dp_shard": 2, "ep": 2}, "memory_gib": 1.6},
+    "one": {"layout": {"global_batch": 8}, "memory_gib": 1.45},
+    "two": {"layout": {"global_batch": 8, "dp_replicate": 2}, "memory_gib": 1.35},
+    "sharded": {"layout": {"global_batch": 8, "dp_shard": 2, "ep": 2}, "memory_gib": 1.15},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "auto_micro_batch.json")
     args = parser.parse_args()
-    found = {}
+    found = json.loads(args.out.read_text())["jobs"] if args.out.exists() else {}
     for name in args.jobs:
         job = JOBS[name]
         config = make_run(
@@ -67,12 +69,13 @@ def main() -> None:
         for (micro_batch, policy), speed in sorted(medians.items()):
             print(f"  {micro_batch:4} {policy:10} {speed:9,.0f}")
         found[name] = {
+            "rounds": args.rounds,
             "chosen": chosen,
             "best": best,
             "share_of_best": share,
             "tokens_per_s": [[*key, speed] for key, speed in sorted(medians.items())],
         }
-    save(args.out, {"rounds": args.rounds, "jobs": found})
+        save(args.out, {"jobs": found})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ library). A round is one optimiser step of each arm (forward, backward, clipping
 measurement of the machine's BF16 matrix peak; ratios are taken within a round, medians over rounds.
 whalepod keeps FP32 masters and FP32 gradient sums. transformers is tried with each of its experts
 implementations, both with weights, gradients and moments all in BF16 (less memory traffic, and less
-accurate than what whalepod does) and with FP32 weights under autocast; a short heat picks the fastest.
+accurate than what whalepod does) and with FP32 weights under autocast; a short heat picks the fastest. On a
+processor without BF16 instructions every arm gets the products of `precision/widened.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from record import save
 from whalepod.models.transformer import Transformer, init_weights
 from whalepod.parallel.mesh import make_mesh
 from whalepod.parallel.parallelize import parallelize, seeded
+from whalepod.precision.widened import widen_products
 from whalepod.spec.counts import train_flops
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec, to_config
@@ -131,6 +133,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/train_peers.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    widened = widen_products()
+    if widened:
+        print("no BF16 instructions here: every arm gets our FP32 products in place of torch's loops")
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -168,6 +173,7 @@ def main() -> None:
     ]
     result = {
         "threads": options.threads,
+        "bf16_products_in_fp32": widened,
         "transformers": transformers.__version__,
         "rounds": options.rounds,
         "peak_bf16_gflop_per_s": peak / 1e9,

@@ -19,6 +19,7 @@ from whalepod.spec.layout import Layout
 LAYOUTS: list[dict[str, Any]] = [
     {"dp_shard": 2},
     {"tp": 2},
+    {"cp": 2},
     {"dp_shard": 2, "ep": 2, "recompute": "selective"},
     {"pp": 2},
     {"pp": 2, "schedule": "zbv", "recompute": "full"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from whalepod.models.attention import within_documents
+from whalepod.models.attention import document_mask, masked
 from whalepod.models.transformer import Transformer, init_weights
 from whalepod.parallel.context import document_positions
 from whalepod.spec.presets import load_model_spec
@@ -28,7 +28,7 @@ def test_packed_documents_give_the_logits_of_each_alone() -> None:
     packed = torch.cat(ended).unsqueeze(0)
     positions = document_positions(packed, EOS)
     with torch.no_grad():
-        together = model(packed, positions=positions, attend=within_documents(positions))
+        together = model(packed, positions=positions, attend=masked(document_mask(positions)))
         seen = model(packed)
         start = 0
         for document in ended:

@@ -1,5 +1,5 @@
 """Kernels of one device in the forms that training runs them in: linear layers, grouped products of experts
-and their weights' gradients, fused causal attention with padded values, elementwise passes, fused AdamW.
+and their weights' gradients, causal attention as training runs it, elementwise passes, fused AdamW.
 
 A time is the median of several.
 """
@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from whalepod.models.attention import fused
+from whalepod.models.tiled import tiled
+from whalepod.precision.widened import widen_products
 from whalepod.spec.measured import Attended, Grouped, Precision, Product
 from whalepod.train.metrics import synchronize
 
@@ -60,6 +63,8 @@ QUICK = Sizes(
 
 def time_kernels(place: torch.device, sizes: Sizes, report: Progress) -> dict[str, Any]:
     """Fields of Measured, and `peak_gb_s`, the most that any elementwise pass moved."""
+    if place.type == "cpu":
+        widen_products()
     total, done = 2 * (len(sizes.products) + len(sizes.grouped) + len(sizes.attention)) + 4, 0
 
     def step() -> None:
@@ -110,12 +115,16 @@ def _attention(
     place: torch.device,
     timed: Callable[[Callable[[], Any]], float],
 ) -> tuple[float, float]:
-    """Seconds of the forward and of the backward pass, the values padded to the width of the keys."""
-    q, k, v = (torch.randn(shape, device=place).to(dtype).requires_grad_() for _ in range(3))
-    grad = torch.randn(shape, device=place).to(dtype)
+    """Seconds of the forward and of the backward pass."""
+    *rows, width = shape
+    values = int(width * VALUES)
+    q, k, v, grad = (torch.randn(*rows, n, device=place).to(dtype) for n in (width, width, values, values))
+    for each in (q, k, v):
+        each.requires_grad_()
+    core = tiled if place.type == "cpu" else fused
 
     def forward() -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return core(q, k, v, None, True, width**-0.5)
 
     with torch.no_grad():
         there = timed(forward)

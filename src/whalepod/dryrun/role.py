@@ -19,6 +19,7 @@ from whalepod.dryrun.replay import repeats, replaying
 from whalepod.dryrun.routing import draw_picks, settle
 from whalepod.dryrun.tally import Counts, Tally
 from whalepod.dryrun.world import answers, pretend, replaced
+from whalepod.models.attention import choose_core, fused
 from whalepod.parallel.comm import Axis
 from whalepod.parallel.ledger import Ledger
 from whalepod.parallel.replicated import Replicated
@@ -80,7 +81,7 @@ def measure(
 ) -> Measured:
     """Runs the job's training step as rank `rank` and counts.
 
-    on_gpu: norms keep what they keep on CUDA. plainly: all micro-batches run. Else passes of a pipeline that
+    on_gpu: norms and attention are CUDA's. plainly: all micro-batches run. Else passes of a pipeline that
     repeat others are played back; and without a pipeline, or with very many micro-batches, there are as many
     as show all that a step does, and the counts of one in its middle stand for those left out.
     """
@@ -96,6 +97,7 @@ def measure(
         if on_gpu:
             for part in parts:
                 fuse_norms(part)
+                choose_core(part, fused)
         if spec.moe is not None:
             settle(parts, partial(draw_picks, spec.moe, ep=layout.ep, imbalance=imbalance))
         ledger = Ledger([(name, m) for part in parts for name, m in part.named_modules()])

@@ -26,7 +26,20 @@ from whalepod.models.rope import rotate, softmax_scale
 from whalepod.spec.model import GQA, MLA, ModelSpec
 
 Attend = Callable[["Attention", Tensor, Tensor], Tensor]
+Core = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Tensor]
+"""q [B, H, S, D], k [B, heads, L, D], v [B, heads, L, V], mask, is_causal, scale -> [B, H, S, V]."""
 Tables = tuple[Tensor, Tensor]
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    """torch's own kernels. They want one width for queries, keys and values: without padding the CPU falls
+    back to an S x L score matrix at half the speed."""
+    width, num_groups = v.shape[-1], q.shape[1] // k.shape[1]
+    v = F.pad(v, (0, q.shape[-1] - width)) if width < q.shape[-1] else v
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=num_groups > 1
+    )
+    return out[..., :width]
 
 
 def causal(attention: Attention, q: Tensor, kv: Tensor) -> Tensor:
@@ -34,11 +47,16 @@ def causal(attention: Attention, q: Tensor, kv: Tensor) -> Tensor:
     return attention.expanded(q, kv, None)
 
 
-def within_documents(positions_BS: Tensor) -> Attend:
-    """Every position sees what came before it in its own document, which begins where positions are 0."""
+def document_mask(positions_BS: Tensor) -> Tensor:
+    """[B, 1, S, S]: every position sees what came before it in its own document, which begins where positions
+    are 0."""
     document = (positions_BS == 0).cumsum(1)
     same = document.unsqueeze(1) == document.unsqueeze(2)
-    mask = (same & causal_mask(same.shape[1], same.shape[2], same.device)).unsqueeze(1)
+    return (same & causal_mask(same.shape[1], same.shape[2], same.device)).unsqueeze(1)
+
+
+def masked(mask: Tensor) -> Attend:
+    """Positions see what `mask` says; no cache."""
     return lambda attention, q, kv: attention.expanded(q, kv, mask)
 
 
@@ -51,6 +69,8 @@ class Attention(nn.Module):
     """
 
     layer: int
+    core: Core = staticmethod(fused)
+    """What attends: `choose_core` puts another in its place."""
 
     @property
     def cache_width(self) -> int:
@@ -79,21 +99,20 @@ def causal_mask(num_queries: int, length: int, device: torch.device) -> Tensor:
     return torch.ones(num_queries, length, dtype=torch.bool, device=device).tril(length - num_queries)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Fused attention on [B, S or L, heads, width]; keys may have fewer heads than queries."""
+def choose_core(module: nn.Module, core: Core) -> None:
+    """For every attention below `module`."""
+    for each in module.modules():
+        if isinstance(each, Attention):
+            each.core = core
+
+
+def _attention(core: Core, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention on [B, S or L, heads, width]; keys may have fewer heads than queries."""
     num_queries, length = q.shape[1], k.shape[1]
     square = mask is None and num_queries == length
     if mask is None and 1 < num_queries < length:
         mask = causal_mask(num_queries, length, q.device)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=square,
-        scale=scale,
-        enable_gqa=k.shape[2] != q.shape[2],
-    )
+    out = core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, square, scale)
     return out.transpose(1, 2)
 
 
@@ -164,10 +183,7 @@ class MLAttention(Attention):
         keys_values = self.kv_b_proj(c).unflatten(-1, (-1, a.qk_nope_head_dim + a.v_head_dim))
         k_nope, v = keys_values.split((a.qk_nope_head_dim, a.v_head_dim), dim=-1)
         k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
-        # The fused kernels want one width for queries, keys and values: without this padding the
-        # CPU falls back to an S x L score matrix at half the speed.
-        v = F.pad(v, (0, a.qk_head_dim - a.v_head_dim)) if a.v_head_dim < a.qk_head_dim else v
-        return _attention(q, k, v, mask, self.scale)[..., : a.v_head_dim].flatten(-2)
+        return _attention(self.core, q, k, v, mask, self.scale).flatten(-2)
 
     def prefers_absorbed(self, num_queries: int) -> bool:
         # Per head and cached token: expanding costs C (N + V) once and N + R + V for each query,
@@ -233,4 +249,4 @@ class GroupedQueryAttention(Attention):
 
     def expanded(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         k, v = kv.unflatten(-1, (2, -1, self.config.head_dim)).unbind(-3)
-        return _attention(q, k, v, mask, self.scale).flatten(-2)
+        return _attention(self.core, q, k, v, mask, self.scale).flatten(-2)

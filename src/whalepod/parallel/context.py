@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whalepod.models.attention import Attend, Attention, causal
+from whalepod.models.attention import Attend, Attention, causal, document_mask, masked
 from whalepod.parallel.comm import Axis
 
 
@@ -36,19 +36,35 @@ def document_positions(tokens_BS: Tensor, separator: int) -> Tensor:
     return index - (begins * index).cummax(1).values
 
 
-def context_attend(cp: Axis) -> Attend:
-    """The models' `attend` seam over sequences that lie on the ranks of `cp`."""
+def context_attend(cp: Axis, masks: tuple[Tensor | None, Tensor | None] = (None, None)) -> Attend:
+    """The models' `attend` seam over sequences that lie on the ranks of `cp`. masks: where this rank's early
+    and its late queries may look among the positions up to their own last; None is causal."""
     if cp.size == 1:
         return causal
 
     def attend(attention: Attention, q: Tensor, kv: Tensor) -> Tensor:
-        chunk = kv.shape[1] // 2
         # From rank order (chunk r beside chunk 2 cp - 1 - r) back to the sequence's.
-        pieces = cp.gather(kv, 1).split(chunk, dim=1)
+        pieces = cp.gather(kv, 1).split(kv.shape[1] // 2, dim=1)
         whole = torch.cat((*pieces[0::2], *reversed(pieces[1::2])), dim=1)
-        early, late = q.split(chunk, dim=1)
-        ends = ((cp.rank + 1) * chunk, (2 * cp.size - cp.rank) * chunk)
-        seen = (attention.expanded(x, whole[:, :e], None) for x, e in zip((early, late), ends, strict=True))
-        return torch.cat(tuple(seen), dim=1)
+        parts = zip(q.chunk(2, dim=1), _ends(whole.shape[1], cp), masks, strict=True)
+        return torch.cat([attention.expanded(x, whole[:, :end], mask) for x, end, mask in parts], dim=1)
 
     return attend
+
+
+def _ends(length: int, cp: Axis) -> tuple[int, int]:
+    """Positions behind this rank's early and its late chunk of a sequence."""
+    chunk = length // (2 * cp.size)
+    return (cp.rank + 1) * chunk, (2 * cp.size - cp.rank) * chunk
+
+
+def documents_apart(positions_BS: Tensor, cp: Axis) -> tuple[Tensor, Attend]:
+    """Of whole sequences' positions within their documents, those of this rank's tokens; and attention that
+    ends at the beginning of a document."""
+    mask = document_mask(positions_BS)
+    length = positions_BS.shape[1]
+    if cp.size == 1:
+        return positions_BS, masked(mask)
+    chunk = length // (2 * cp.size)
+    early, late = (mask[:, :, end - chunk : end, :end] for end in _ends(length, cp))
+    return positions_BS[:, positions(length, cp, mask.device)], context_attend(cp, (early, late))

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import (
 from whalepod.models.attention import Attention
 from whalepod.models.mlp import SwiGLU
 from whalepod.models.moe import GroupedExperts, Router
+from whalepod.models.tiled import OPERATIONS as _tiled
 from whalepod.precision.products import OPERATIONS as _fp8
 
 T = TypeVar("T")
@@ -376,7 +377,23 @@ def _attention_backward_flops(
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
+@register_flop_formula(_tiled.tiled_attention)
+def _tiled_flops(q: Any, k: Any, v: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any) -> int:
+    """Of [B, H, S, D], [B, heads, L, D] and [B, heads, L, V]."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+@register_flop_formula(_tiled.tiled_attention_backward)
+def _tiled_backward_flops(
+    _grad: Any, q: Any, k: Any, v: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any
+) -> int:
+    """Scores again, then as many products for each gradient."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
+
+
 _CAUSAL_AT = {
+    _tiled.tiled_attention: 4,
+    _tiled.tiled_attention_backward: 7,
     _aten._scaled_dot_product_flash_attention_for_cpu: 4,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: 7,
     _aten._scaled_dot_product_flash_attention: 4,

@@ -9,17 +9,19 @@ block by block, so that a rank never holds more than its share and one block.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from whalepod.models.attention import Attend, within_documents
+from whalepod.models.attention import Attend, choose_core
 from whalepod.models.lora import add_adapters
 from whalepod.models.loss import not_counted, seen
 from whalepod.models.moe import MoELayer, Router
+from whalepod.models.tiled import tiled
 from whalepod.models.transformer import Losses, Transformer, initial_value, target_windows
-from whalepod.parallel.context import context_attend, document_positions, positions
+from whalepod.parallel.context import context_attend, document_positions, documents_apart, positions
 from whalepod.parallel.exchange import make_dispatcher
 from whalepod.parallel.mesh import Mesh
 from whalepod.parallel.pipeline import Hidden, Pipeline
@@ -31,6 +33,7 @@ from whalepod.parallel.stage import Stage, make_stages, shared_parameters, tie_s
 from whalepod.parallel.state import TrainingState, sum_in_buckets
 from whalepod.parallel.tensor import split_tensors
 from whalepod.precision.fp8_training import compute_in_fp8
+from whalepod.precision.widened import widen_products
 from whalepod.spec.model import ModelSpec
 from whalepod.spec.run import FP8Config, LoRAConfig
 from whalepod.spec.schedule import RULES
@@ -44,12 +47,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 
 
 class Batch(NamedTuple):
-    """What this rank computes of some sequences: its positions of each, under context parallelism; or with
-    every sequence's own, counted from its documents' beginnings."""
+    """What this rank computes of some sequences, under context parallelism its part of each."""
 
     tokens_BS: Tensor
     targets_BSK: Tensor
-    positions: Tensor  # [S] or [B, S]
+    positions: Tensor
+    """[S]; where documents are apart [B, S] of the whole sequences, counted from documents' beginnings."""
 
 
 class Parallel:
@@ -66,12 +69,11 @@ class Parallel:
             part.train(mode)
 
     def mask_documents(self, separator: int) -> None:
-        """Attention ends at the beginning of a document: behind a token `separator`. Not with `cp`."""
-        assert self.mesh["cp"].size == 1
+        """Attention ends at the beginning of a document: behind a token `separator`."""
         self._separator = separator
         for part in self.parts:
             if isinstance(part, Stage):
-                part.masks_documents = True
+                part.documents = partial(documents_apart, cp=self.mesh["cp"])
 
     @property
     def routers(self) -> list[Router]:
@@ -85,11 +87,12 @@ class Parallel:
         where = positions(length, self.mesh["cp"], rows.device)
         targets = target_windows(rows[:, 1:], depths)
         rows = seen(rows)
+        tokens = rows[:, :length]
+        if self.mesh["cp"].size > 1:
+            tokens, targets = tokens[:, where], targets[:, where]
         if self._separator is not None:
             where = document_positions(rows[:, :length], self._separator)
-        if self.mesh["cp"].size == 1:
-            return Batch(rows[:, :length], targets, where)
-        return Batch(rows[:, where], targets[:, where], where)
+        return Batch(tokens, targets, where)
 
     def backward(self, rows: Tensor, tokens: int, mtp_weight: float) -> Tensor:
         """Forward and backward passes of a step's sequences [B, S + 1 + MTP depths].
@@ -180,8 +183,10 @@ class Parallel:
 
     def _losses(self, batch: Batch) -> Tensor:
         """Summed losses [1 + MTP depths] of a whole model."""
-        attend = self.attend if self._separator is None else within_documents(batch.positions)
-        losses: Losses = self.parts[0](*batch, attend)
+        where, attend = batch.positions, self.attend
+        if self._separator is not None:
+            where, attend = documents_apart(where, self.mesh["cp"])
+        losses: Losses = self.parts[0](batch.tokens_BS, batch.targets_BSK, where, attend)
         return torch.stack((losses.main, *losses.mtp))
 
     def _pipeline(self, rows: Tensor, micro_batches: int) -> Pipeline:
@@ -227,6 +232,8 @@ def parallelize(
     dtype = DTYPES[layout.precision]
     parts, held = place(model, mesh, sequence_length, dtype)
     for part in parts:
+        if mesh.device.type == "cpu":
+            choose_core(part, tiled)
         if layout.precision == "fp8":
             compute_in_fp8(part, fp8 or FP8Config())
         apply_recompute(part, layout.recompute, mesh.traffic)
@@ -253,6 +260,8 @@ def place(
     """What this rank has of a model, for training and for inference alike: its parts, with parameters cut
     (those not trained of type `frozen`) and the moves of `tp` and `ep` around them; what it holds of each."""
     layout = mesh.layout
+    if mesh.device.type == "cpu":
+        widen_products()
     parts: list[Part] = [model]
     if layout.pp > 1:
         split = split_stages(model.spec, layout.num_stages, sequence_length, layout.stage_layers)

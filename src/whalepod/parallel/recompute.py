@@ -22,6 +22,7 @@ from whalepod.models.attention import MLAttention
 from whalepod.models.lora import Adapter
 from whalepod.models.mlp import SwiGLU
 from whalepod.models.moe import GroupedExperts, Router, routers
+from whalepod.models.tiled import OPERATIONS as _tiled
 from whalepod.models.transformer import Block
 from whalepod.parallel.comm import SAVED_BY_RECOMPUTE, Traffic
 from whalepod.precision.products import OPERATIONS as _fp8
@@ -35,6 +36,7 @@ _KEPT = {
     _aten.bmm.default,
     _aten._grouped_mm.default,
     _fp8.fp8_grouped_mm.default,
+    _tiled.tiled_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,

@@ -11,13 +11,13 @@ its own uses; the two have to be added: `shared_parameters`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from whalepod.models.attention import Attend, Tables, causal, within_documents
+from whalepod.models.attention import Attend, Tables, causal
 from whalepod.models.loss import head_loss
 from whalepod.models.transformer import Transformer
 from whalepod.parallel.comm import Axis
@@ -37,7 +37,8 @@ class Stage(Transformer):
     def __init__(self, model: Transformer, index: int, split: StageSplit, attend: Attend = causal) -> None:
         nn.Module.__init__(self)
         self.spec, self.index, self.num_stages, self.attend = model.spec, index, split.num_stages, attend
-        self.masks_documents = False
+        self.documents: Callable[[Tensor], tuple[Tensor, Attend]] | None = None
+        """Where documents are apart: what makes of positions within them this rank's, and its attention."""
         parts: Any = self  # attributes that Transformer always has may be None here
         embedding, head = model.embed_tokens, model.lm_head
         copies = self.is_last and bool(shared_parameters(self.spec))
@@ -72,10 +73,10 @@ class Stage(Transformer):
 
         positions: [S] or [b, S], for every stage. targets_BSK is read by the last.
         """
-        cos_sin = self.tables(x, positions)
         attend = self.attend
-        if self.masks_documents and positions is not None:
-            attend = within_documents(positions)
+        if self.documents is not None and positions is not None:
+            positions, attend = self.documents(positions)
+        cos_sin = self.tables(x, positions)
         x = self._blocks(x, cos_sin, attend)
         if not self.is_last:
             return x

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from whalepod.precision import libraries
 from whalepod.precision.products import (
     Quantized,
     multiply,
@@ -37,6 +38,8 @@ from whalepod.spec.run import FP8Config
 def compute_in_fp8(model: nn.Module, recipe: FP8Config) -> None:
     """Makes linear layers and stacked experts compute in FP8, in place; head, embeddings, norms, routers and
     attention's core stay as they are."""
+    if torch.cuda.is_available():
+        libraries.choose()
     for path, module in model.named_modules():
         if path.rpartition(".")[2] in KEPT_HIGH:
             continue

@@ -7,7 +7,8 @@ A product of two E4M3 numbers is exact in FP32, and sums are FP32. (Tensor cores
 while they add up 128 products; like DeepSeek's kernels since, ours leave that to the hardware.)
 
 Each is one operation to torch, so that a dry run sees what a GPU would do, not how a CPU emulates it:
-emulation goes through wider copies that no GPU makes. On CUDA, Triton kernels (`kernels.py`) do the work.
+emulation goes through wider copies that no GPU makes. On CUDA a library's kernels (`libraries.py`) or our own
+in Triton (`kernels.py`) do the work.
 On a CPU with scales that are powers of two, operands are exact in BF16 and one BF16 product is the whole;
 other scales go block by block.
 """
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whalepod.precision import libraries
 from whalepod.precision.fp8 import FP8, Block, ScaleFormat, scale_shape, widened
 from whalepod.precision.tiles import COLUMN, TILE, Quantized, dequantize, dequantize_exactly
 from whalepod.precision.tiles import quantize as plain_quantize
@@ -184,10 +186,14 @@ def _fake_grouped_sum(
 
 
 def _kernel(name: str) -> Callable[..., Any]:
+    library = getattr(libraries, name, None)
+
     def call(*args: Any) -> Any:
         from whalepod.precision import kernels  # Triton comes with torch's CUDA builds only
 
-        return getattr(kernels, name)(*args)
+        *operands, _, dtype = args  # a library need not know whether scales are powers of two
+        found = None if library is None else library(*operands, dtype)
+        return getattr(kernels, name)(*args) if found is None else found
 
     return call
 

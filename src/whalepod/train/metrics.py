@@ -15,6 +15,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from whalepod.precision.widened import widen_products
+
 GIB = 2.0**30
 
 
@@ -40,6 +42,8 @@ class StepMetrics:
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
     """FLOP/s of the best 2048-cubed matrix product within `seconds`: this worker's reachable peak."""
+    if device.type == "cpu":
+        widen_products()
     n = 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds

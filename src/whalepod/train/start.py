@@ -60,8 +60,6 @@ def train(
             f"{spec.max_position_embeddings} positions"
         )
     layout.check_model(spec, config.data.sequence_length)
-    if config.data.document_mask and layout.cp > 1:
-        raise UserError("data.document_mask is not possible with layout.cp above 1: use tp or dp_shard")
     with torch.device("meta"):
         model = Transformer(spec)  # says now what cannot be run
     if config.lora.r:
