@@ -1,7 +1,7 @@
 """One job over two hosts (network namespaces with a slow link between) trains as it does on one.
 
-The bench (`bench/two_hosts.py`) at a smaller size: the same losses to the bit, and bytes over the link that the
-dry run names axes for.
+The bench (`bench/two_hosts.py`) at a smaller size: the same losses to the bit, and bytes over the link as
+the dry run names axes for them.
 """
 
 from __future__ import annotations
