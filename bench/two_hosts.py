@@ -89,6 +89,7 @@ class Job:
     config: RunConfig
     names: list[str]
     hosts: int = NODES
+    shared_memory: bool = True
     restarts: int = 0
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -114,7 +115,12 @@ class Job:
             "GLOO_SOCKET_IFNAME": LINK,
             "OMP_NUM_THREADS": "1",
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # addresses of the link have no names, and need none
+            # torch 2.13: a first torchrun that has lived on tells a new one nothing of the store they should
+            # share (dynamic_rendezvous.py, next_rendezvous), and both wait in vain; without sharing it does.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
+        if not self.shared_memory:
+            environment["WHALEPOD_SHM"] = "0"
         with self.folder.with_suffix(f".host{host}.log").open("ab") as log:
             self.started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
 
@@ -149,7 +155,9 @@ class Job:
 
 def run(config: RunConfig, names: list[str], hosts: int = NODES) -> Job:
     """The job from start to end, undisturbed."""
-    found = Job(config, names, hosts)
+    # Between hosts all ranks speak gloo; where one host has them all they would share memory, which adds up
+    # sums of four in another order.
+    found = Job(config, names, hosts, shared_memory=hosts > 1)
     for host in range(hosts):
         found.start(host)
     found.finish()
@@ -171,7 +179,7 @@ def planned_bytes(config: RunConfig) -> dict[str, float]:
     for role in doc["roles"]:
         for row in role["collectives"]:
             if crosses(layout, row["axis"], role["rank"]):
-                sent = wire_bytes(row["op"], row["bytes"], len(layout.group(row["axis"], role["rank"])))
+                sent = wire_bytes(row["op"], row["bytes"], layout.group(row["axis"], role["rank"]))
                 total[row["axis"]] = total.get(row["axis"], 0.0) + sent * doc["ranks_per_role"]
     return total
 
@@ -180,13 +188,15 @@ def crosses(layout: Layout, axis: str, rank: int) -> bool:
     return axis in GROUPS and len({r // RANKS_PER_HOST for r in layout.group(axis, rank)}) > 1
 
 
-def wire_bytes(op: str, payload: float, ranks: int) -> float:
-    """What a rank sends for so many bytes handed over, each way of a ring: of two ranks, one on each host."""
-    if op in ("send", "isend"):
+def wire_bytes(op: str, payload: float, ranks: list[int]) -> float:
+    """What one of these ranks sends over the link, on average, for so many bytes handed over: collectives go
+    round a ring, some of whose edges cross."""
+    if op == "send":
         return payload
-    if op == "all_reduce":
-        return payload * 2 * (ranks - 1) / ranks
-    return payload * (ranks - 1) / ranks
+    edges = zip(ranks, ranks[1:] + ranks[:1], strict=True)
+    crossing = sum(a // RANKS_PER_HOST != b // RANKS_PER_HOST for a, b in edges) / len(ranks)
+    passes = 2 if op == "all_reduce" else 1
+    return payload * passes * (len(ranks) - 1) / len(ranks) * crossing
 
 
 # ------------------------------------------------------------------------------------------- one arm

@@ -148,7 +148,7 @@ def accuracy_view(doc: Mapping[str, Any], width: int = NARROW) -> Group:
             Text(),
         ]
     if doc["goodput"]:
-        views += [Text("Goodput, share of a job's time", style="bold"), goodput_table(doc["goodput"])]
+        views += [Text("Goodput, share of a job's time", style="bold"), goodput_table(doc["goodput"], width)]
     return Group(*views)
 
 
@@ -209,14 +209,15 @@ def points_table(points: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def goodput_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def goodput_table(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
     table = plain_table()
-    for title in GOODPUT:
+    shown = [title for title in GOODPUT if title != "note" or width >= NARROW]
+    for title in shown:
         table.add_column(title)
     for title in ("published", "predicted", "error"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        cells = [Text(row[key]) for key in GOODPUT.values()]
+        cells = [Text(row[GOODPUT[title]]) for title in shown]
         shares = [percent(row[name]) for name in ("published", "predicted")]
         table.add_row(*cells, *shares, error_text(row["error"]))
     return table
