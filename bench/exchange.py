@@ -20,13 +20,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from hosts import ADDRESSES, LINK, NODES, two_nodes, why
 from record import save
 
 from whalepod.models.moe import Router
@@ -35,39 +34,12 @@ from whalepod.parallel.mesh import Mesh, open_mesh
 from whalepod.spec import layout as spec_layout
 from whalepod.spec.presets import load_model_spec
 
-NODES, RANKS_PER_NODE = 2, 4
-LINK = "slow0"
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
+RANKS_PER_NODE = 4
 PORT = 29511  # nothing else listens in a namespace of our own
 ARMS = [(e, w) for e in ("flat", "two_hop") for w in get_args(spec_layout.Wire)]
 
 
 # ------------------------------------------------------------------------------------- the two nodes
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
-
-
-@contextmanager
-def two_nodes(rate_mbit: int) -> Iterator[list[str]]:
-    """Names of two namespaces with one link between them. Gone afterwards, the link with them."""
-    names = [f"whalepod-{os.getpid()}-{i}" for i in range(NODES)]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", LINK, "netns", names[0], "type", "veth", "peer", "name", LINK, "netns", names[1])
-        for name, address in zip(names, ADDRESSES, strict=True):
-            ip("-n", name, "address", "add", f"{address}/24", "dev", LINK)
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", LINK, "up")
-            limit = ["rate", f"{rate_mbit}mbit", "burst", "256kb", "latency", "400ms"]
-            tc = ["tc", "-n", name, "qdisc", "add", "dev", LINK, "root", "tbf", *limit]
-            subprocess.run(tc, check=True, capture_output=True, text=True)
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
 def start_ranks(names: list[str], arguments: list[str]) -> None:
@@ -240,7 +212,7 @@ def main() -> None:
         result |= {"arms": rows, "every_round": measured}
         print_table(rows)
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
-        reason = str(getattr(error, "stderr", None) or error).strip().splitlines()[0]
+        reason = why(error)
         print(f"nothing measured: two namespaces and a limited link could not be made here ({reason})")
         result["not_measured"] = reason
     finally:

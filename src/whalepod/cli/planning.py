@@ -1,4 +1,4 @@
-"""Commands that answer before anything runs: the family, plans, dry runs, what a machine can do."""
+"""Commands that answer before anything runs: the family, plans, dry runs, accuracy, schedules."""
 
 from __future__ import annotations
 
@@ -42,6 +42,13 @@ MicroBatchOption = Annotated[int | None, option("Only this micro-batch.", panel=
 ZeroOption = Annotated[int | None, option("Only this ZeRO stage, 1 to 3.", panel=_TRAIN)]
 ScheduleOption = Annotated[str | None, option("Only this pipeline schedule.", panel=_TRAIN)]
 RecomputeOption = Annotated[str | None, option("none, selective or full.", panel=_TRAIN)]
+FailureOption = Annotated[
+    float | None, option("From one failure to the next; 50700, as in Llama 3's training.", panel=_TRAIN)
+]
+RestartOption = Annotated[float | None, option("To start again after a failure; 600.", panel=_TRAIN)]
+StorageOption = Annotated[
+    float | None, option("What all nodes write of a checkpoint; 1 each, at most 2000.", panel=_TRAIN)
+]
 IslOption = Annotated[int | None, option("Tokens of a prompt; 4096.", panel=_SERVE)]
 OslOption = Annotated[int | None, option("Tokens of an answer; 1024.", panel=_SERVE)]
 ConcurrencyOption = Annotated[float | None, option("Requests in flight; the best if left out.", panel=_SERVE)]
@@ -87,6 +94,9 @@ def plan(
     scale_up_gb_s: LinkOption = None,
     nic_gb_s: NicOption = None,
     mtp: MtpOption = None,
+    gpu_hours_per_failure: FailureOption = None,
+    restart_s: RestartOption = None,
+    storage_gb_s: StorageOption = None,
     software: SoftwareOption = None,
     global_batch: BatchOption = None,
     sequence_length: SequenceOption = None,
@@ -146,6 +156,9 @@ def scale(
     scale_up_gb_s: LinkOption = None,
     nic_gb_s: NicOption = None,
     mtp: MtpOption = None,
+    gpu_hours_per_failure: FailureOption = None,
+    restart_s: RestartOption = None,
+    storage_gb_s: StorageOption = None,
     software: SoftwareOption = None,
     global_batch: BatchOption = None,
     sequence_length: SequenceOption = None,
@@ -286,30 +299,6 @@ def accuracy(
     console = make_console()
     console.print(report.accuracy_view(doc, console.width))
     print_files(console, markdown=markdown)
-
-
-@app.command()
-def calibrate(
-    name: Annotated[
-        str | None, option("The profile's name; `cpu` without CUDA, else the device's with `-here`.")
-    ] = None,
-    out: Annotated[Path | None, option("Write this YAML file, not the one of that name.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and repeats: seconds.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Measures this machine and writes a hardware profile that `plan`, `scale` and `dryrun` take by name."""
-    from whalepod.calibrate import profile, run
-
-    profile.check_out(out)
-    with text_progress() as progress:
-        gpu = run.calibrate(name=name, quick=quick, progress=progress)
-    path = profile.write_profile(gpu, out)
-    if as_json:
-        print_json({"path": str(path), "profile": profile.profile_values(gpu)})
-        return
-    console = make_console()
-    console.print(profile.profile_table(gpu))
-    console.print(f"profile: {path}", soft_wrap=True)
 
 
 @app.command()

@@ -150,8 +150,15 @@ class Axis:
 
     def shift_into(self, out: Tensor, tensor: Tensor) -> None:
         """Sends `tensor` to the next rank and fills `out` with that of the one before."""
-        self.traffic.add(self.name, "send", tensor)
         there, back = ((self.rank + step) % self.size for step in (1, -1))
+        self._send_receive(out, tensor, there, back)
+
+    def swap_into(self, out: Tensor, tensor: Tensor, peer: int) -> None:
+        """Sends `tensor` to the axis's rank `peer` and fills `out` with that rank's, which does the same."""
+        self._send_receive(out, tensor, peer, peer)
+
+    def _send_receive(self, out: Tensor, tensor: Tensor, there: int, back: int) -> None:
+        self.traffic.add(self.name, "send", tensor)
         ops = [
             dist.P2POp(dist.isend, tensor, group=self.group, group_peer=there),
             dist.P2POp(dist.irecv, out, group=self.group, group_peer=back),

@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from whalepod.planner import serve_accuracy, train_accuracy
+from whalepod.planner import goodput, serve_accuracy, train_accuracy
 from whalepod.report.planning_tables import NARROW, WIDE, plain_table
 
 FILES = Path(train_accuracy.__file__).parent / "data" / "validation"
@@ -33,10 +33,12 @@ def accuracy_json(training: Path | None = None, serving: Path | None = None) -> 
     """
     trained = train_accuracy.training_rows(training or FILES / "training.csv")
     served = [_serving_row(row) for row in serve_accuracy.serving_rows(serving or FILES / "serving.csv")]
+    lasting = [] if training or serving else goodput.published_rows()
     return {
         "training": trained,
         "serving": served,
         "points": [] if serving else serve_accuracy.published_points(),
+        "goodput": lasting,
         "medians": {
             "training": train_accuracy.medians(trained),
             "serving": {name: _median(served, name) for name in METRICS.values()},
@@ -114,6 +116,7 @@ TRAINING: dict[str, tuple[Cell, int]] = {
     "cls": (lambda r: r["cls"], WIDE),
     "note": (lambda r: r["note"].split(";")[0].split(" (")[0][:24], 150),
 }
+GOODPUT = {"run": "run", "GPUs": "gpus", "restarts": "restarts", "note": "note"}
 SERVING: dict[str, tuple[Cell, int]] = {
     "GPU": (lambda r: short_gpu(r["gpu"]), 0),
     "engine": (lambda r: r["engine"], 0),
@@ -139,7 +142,13 @@ def accuracy_view(doc: Mapping[str, Any], width: int = NARROW) -> Group:
         views += [Text("Serving, output tokens/s per GPU, TPOT and TTFT", style="bold")]
         views += [serving_table(doc["serving"], width), Text(), groups_table(doc), Text()]
     if doc["points"]:
-        views += [Text("Large deployments, tokens/s per GPU", style="bold"), points_table(doc["points"])]
+        views += [
+            Text("Large deployments, tokens/s per GPU", style="bold"),
+            points_table(doc["points"]),
+            Text(),
+        ]
+    if doc["goodput"]:
+        views += [Text("Goodput, share of a job's time", style="bold"), goodput_table(doc["goodput"], width)]
     return Group(*views)
 
 
@@ -197,6 +206,20 @@ def points_table(points: Sequence[Mapping[str, Any]]) -> Table:
     for point in points:
         note = f" ({point['note']})" if point["note"] else ""
         table.add_row(Text(point["name"] + note), *map(Text, _two(point)), error_text(point["error"]))
+    return table
+
+
+def goodput_table(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
+    table = plain_table()
+    shown = [title for title in GOODPUT if title != "note" or width >= NARROW]
+    for title in shown:
+        table.add_column(title)
+    for title in ("published", "predicted", "error"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [Text(row[GOODPUT[title]]) for title in shown]
+        shares = [percent(row[name]) for name in ("published", "predicted")]
+        table.add_row(*cells, *shares, error_text(row["error"]))
     return table
 
 
@@ -267,6 +290,14 @@ def accuracy_markdown(doc: Mapping[str, Any]) -> str:
         lines += ["## Large deployments, tokens/s per GPU", ""]
         rows = [(p["name"], p["source"], *_two(p), _bold(p["error"]), p["note"]) for p in doc["points"]]
         lines += _markdown(("figure", "source", "published", "predicted", "error", "note"), rows)
+    if doc["goodput"]:
+        lines += ["## Goodput, share of a job's time", ""]
+        rows = [
+            [r[key] for key in (*GOODPUT.values(), "src")]
+            + [percent(r["published"]), percent(r["predicted"]), _bold(r["error"])]
+            for r in doc["goodput"]
+        ]
+        lines += _markdown((*GOODPUT, "source", "published", "predicted", "error"), rows)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -61,7 +61,7 @@ def plan(
         if question.precision is None and job.precision == "fp8":
             job = replace(job, precision="auto")  # BF16 may fit or run better; it is tried beside
         planned = plan_training(job, top)
-        found = Answer(planning.training_json(planned), planned)
+        found = Answer(planning.training_json(planned, question.operation), planned)
         found.doc["advice"] += _without_pins(planned)
         if emit is not None:
             planning.write_text(emit, planning.run_yaml(question, planned), "--emit")

@@ -10,30 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from whalepod.planner.answers import TrainingAnswer, TrainingPlan
+from whalepod.planner.goodput import goodput_json, of_cluster
 from whalepod.planner.micro_batch import micro_batch_curve as planned_curve
 from whalepod.planner.search import TrainingJob
 from whalepod.report.calculator import web_calculator
 from whalepod.report.question import Question
 from whalepod.spec.errors import UserError
-from whalepod.spec.hardware import Cluster
+from whalepod.spec.hardware import Cluster, Operation, usual_operation
 from whalepod.spec.layout import Layout
 from whalepod.spec.presets import load_preset
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
-def training_json(answer: TrainingAnswer) -> dict[str, Any]:
+def training_json(answer: TrainingAnswer, operation: Operation | None = None) -> dict[str, Any]:
     """The whole answer. Units are in the keys; a GiB is 2^30 bytes; plans are sorted, the best first.
 
     - `memory_gib`, `memory_by_category_gib`: of the fullest pipeline rank; `memory_by_rank_gib`: of all.
     - `time_parts_s`: of the busiest pipeline rank, adding up to `step_s`. `exposed`: communication that
       nothing hides, by axis. `interference`: computation slowed by what is hidden.
     - `micro_batches`: of the first plan's layout, throughput and memory by micro-batch.
+    - `goodput`: of a long job's time, what brings it on (planner/goodput), with checkpoints every
+      `checkpoint_every_s`. operation: how the cluster is run; the usual if left out.
     - `mfu`: of the dense BF16 peak. `helps`: one input changed, and what the plan gains then.
     """
     job = answer.job
     gpu = job.cluster.gpu
-    plans = [plan_json(plan) for plan in answer.plans]
+    lasting = of_cluster(job.spec, job.software.state, job.cluster, operation or usual_operation())
+    plans = [plan_json(plan) | goodput_json(lasting, plan.step.seconds) for plan in answer.plans]
     curve = micro_batch_curve(answer.plans[0], job) if answer.plans else None
     return {
         "model": job.spec.name,
@@ -164,12 +168,14 @@ def run_yaml(question: Question, answer: TrainingAnswer) -> str:
         raise UserError(f"{name} can be planned for but not trained yet, so there is no run to emit")
     layout = answer.plans[0].layout
     layout.check_model(answer.job.spec, answer.job.sequence_length)
+    lasting = of_cluster(answer.job.spec, answer.job.software.state, answer.job.cluster, question.operation)
     folder = "".join(c if c.isalnum() or c in "-._" else "-" for c in name).strip(".") or "run"
     config = make_run(
         {
             "model": question.run_model,
             "layout": layout_json(layout),
             "data": {"sequence_length": answer.job.sequence_length},
+            "train": {"checkpoint_every": lasting.steps(answer.plans[0].step.seconds)},
             "out": f"runs/{folder}",
         }
     )

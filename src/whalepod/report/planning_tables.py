@@ -148,6 +148,7 @@ def facts(doc: Mapping[str, Any], plan: Mapping[str, Any]) -> RenderableType:
         ("layout", plan["layout_in_words"]),
         ("a trillion tokens", f"{three(plan['days_per_trillion_tokens'])} days, {hours:,.0f} GPU hours"),
     ]
+    rows.append(("goodput", goodput_words(plan)))
     if price is None:
         rows.append(("cost", f"no price of {doc['gpu']} is known; give one with --price"))
     else:
@@ -159,6 +160,25 @@ def facts(doc: Mapping[str, Any], plan: Mapping[str, Any]) -> RenderableType:
             )
         )
     return facts_grid(rows)
+
+
+def goodput_words(plan: Mapping[str, Any]) -> str:
+    """`97.3% of a long job's time: ...`."""
+    return (
+        f"{plan['goodput']:.1%} of a long job's time, with a failure every "
+        f"{duration(plan['hours_between_failures'] * 3600)}: a checkpoint of "
+        f"{plan['checkpoint_bytes'] / 1e12:.3g} TB every {duration(plan['checkpoint_every_s'])} "
+        f"({plan['checkpoint_every_steps']:,} steps), {duration(plan['checkpoint_write_s'])} to write, "
+        f"stopping {duration(plan['checkpoint_blocking_s'])}; {duration(plan['restart_s'])} to start again"
+    )
+
+
+def duration(seconds: float) -> str:
+    """`8.2 min`, in the unit that fits."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{three(seconds / size)} {unit}"
+    return f"{three(seconds)} s"
 
 
 def facts_grid(rows: Iterable[tuple[str, str]]) -> RenderableType:

@@ -20,7 +20,16 @@ from whalepod.planner.serve_software import OWN_ENGINE, engine_names
 from whalepod.planner.serve_step import Traffic
 from whalepod.planner.software import load_software, usual_software
 from whalepod.spec.errors import UserError, nearest
-from whalepod.spec.hardware import MAX_GPUS, Cluster, Gpu, load_gpu, override_gpu, parse_gpus
+from whalepod.spec.hardware import (
+    MAX_GPUS,
+    Cluster,
+    Gpu,
+    Operation,
+    load_gpu,
+    override_gpu,
+    parse_gpus,
+    usual_operation,
+)
 from whalepod.spec.layout import MAX_SIZE
 from whalepod.spec.model import ModelSpec, shown
 from whalepod.spec.presets import load_model_spec, preset
@@ -69,6 +78,9 @@ class Question:
     scale_up_gb_s: float | None = _asked("--scale-up-gb-s", 1e-3, 1e6)
     nic_gb_s: float | None = _asked("--nic-gb-s", 1e-3, 1e6)
     price: float | None = _asked("--price", 0.0, 1e6)
+    gpu_hours_per_failure: float | None = _asked("--gpu-hours-per-failure", 1.0, 1e9, "train")
+    restart_s: float | None = _asked("--restart-s", 1e-3, 1e7, "train")
+    storage_gb_s: float | None = _asked("--storage-gb-s", 1e-3, 1e6, "train")
     tp: int | None = _asked("--tp", 1, MAX_SIZE)
     pp: int | None = _asked("--pp", 1, MAX_SIZE)
     ep: int | None = _asked("--ep", 1, MAX_SIZE)
@@ -155,6 +167,15 @@ class Question:
         if self.goal == "serve" and gpu.architecture == "cpu":
             return served(gpu)[1].precision
         return "fp8" if self.spec.quantization is not None and gpu.supports("fp8") else "bf16"
+
+    @property
+    def operation(self) -> Operation:
+        """How the cluster is run: the usual, with what was said over it."""
+        names = ("gpu_hours_per_failure", "restart_s", "storage_gb_s")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if "storage_gb_s" in given:  # of all nodes together, however many
+            given["node_storage_gb_s"] = given["storage_gb_s"]
+        return replace(usual_operation(), **given)
 
     def training_job(self, cluster: Cluster) -> TrainingJob:
         """What the planner is asked to train on `cluster`."""

@@ -14,11 +14,21 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from whalepod.planner import goodput
 from whalepod.planner.advice import MAX_COUNT
 from whalepod.planner.scale import default_counts, scale_training
 from whalepod.planner.serve_plan import plan_serving
 from whalepod.report.planning import layout_json, layout_words, price_json
-from whalepod.report.planning_tables import NARROW, WIDE, dollars, notes, plain_table, price_words, three
+from whalepod.report.planning_tables import (
+    NARROW,
+    WIDE,
+    dollars,
+    duration,
+    notes,
+    plain_table,
+    price_words,
+    three,
+)
 from whalepod.report.question import Question
 from whalepod.report.serving_tables import layout_words as serving_words
 from whalepod.spec.errors import UserError
@@ -27,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 GOOD = 0.9
 """Efficiency that the closing lines ask for."""
 NEARLY_ALL = 1.98  # of 2: a doubling that nobody need ask about
-TRAIN_ONLY = ("days_per_trillion_tokens", "usd_per_trillion_tokens", "step_s", "mfu")
+TRAIN_ONLY = ("days_per_trillion_tokens", "usd_per_trillion_tokens", "step_s", "mfu", *goodput.KEYS)
 SERVE_ONLY = ("usd_per_million_output_tokens", "ttft_ms", "tpot_ms", "concurrency")
 
 
@@ -81,6 +91,8 @@ def _train(
         if plan is None:
             points.append(_absent(point.num_gpus, TRAIN_ONLY))
             continue
+        cluster = job.cluster.of(point.num_gpus)
+        lasting = goodput.of_cluster(job.spec, job.software.state, cluster, question.operation)
         points.append(
             {
                 "num_gpus": point.num_gpus,
@@ -96,6 +108,7 @@ def _train(
                 "usd_per_trillion_tokens": plan.usd_per_trillion_tokens,
                 "step_s": plan.step.seconds,
                 "mfu": plan.mfu,
+                **goodput.goodput_json(lasting, plan.step.seconds),
             }
         )
     return points
@@ -185,6 +198,13 @@ def summary(points: Sequence[Mapping[str, Any]], goal: str) -> list[str]:
             )
     most = max(p["tokens_per_s_per_gpu"] for p in fitting)
     best = next(p for p in fitting if p["tokens_per_s_per_gpu"] >= 0.995 * most)
+    if goal == "train":
+        last = fitting[-1]
+        lines.append(
+            f"goodput on {last['num_gpus']:,} GPUs {last['goodput']:.1%}: a failure every "
+            f"{duration(last['hours_between_failures'] * 3600)}, a checkpoint every "
+            f"{duration(last['checkpoint_every_s'])}"
+        )
     token = "trained token" if goal == "train" else "output token"
     lines.append(f"cheapest per {token}: {best['num_gpus']:,} GPUs")
     return lines
@@ -240,6 +260,8 @@ def scale_table(doc: Mapping[str, Any], width: int = NARROW) -> Table:
             "speed-up\nmeasured": ("measured_speedup", "x{:.2f}".format, 0),
             **dict(list(figures.items())[2:]),
         }
+    if train:
+        figures["good-\nput"] = ("goodput", "{:.1%}".format, NARROW)
     shown = {title: figure for title, figure in figures.items() if width >= figure[2]}
     table = plain_table()
     for title in shown:
@@ -261,6 +283,8 @@ def scale_table(doc: Mapping[str, Any], width: int = NARROW) -> Table:
     table.caption = (
         "efficiency: tokens/s per GPU over those of the smallest count that fits. GiB: on the fullest GPU, "
         f"of {doc['usable_memory_gib']:.1f}."
+        + train
+        * " goodput: of a long job's time, what failures, checkpoints and restarts leave."
     )
     table.caption_justify = "left"
     return table

@@ -162,6 +162,27 @@ class Cluster:
         return replace(self, num_gpus=num_gpus)
 
 
+@dataclass(frozen=True)
+class Operation:
+    """How a cluster is run: its failures, and the storage that checkpoints go to; see the data file."""
+
+    __pydantic_config__ = _NO_MORE
+
+    gpu_hours_per_failure: Positive
+    restart_s: Positive
+    node_storage_gb_s: Positive
+    storage_gb_s: Positive
+    blocking_share: Share
+    sources: Mapping[Line, Line] = field(default_factory=dict, hash=False, repr=False)
+
+
+@cache
+def usual_operation() -> Operation:
+    """What published runs say."""
+    found = _checked(_database()["operation"], Operation, "operation")
+    return replace(found, sources={path: _spelled(s) for path, s in found.sources.items()})
+
+
 def gpu_names() -> list[str]:
     """Names of all known accelerators, in the order of the data file."""
     return list(_database()["gpus"])
@@ -267,15 +288,15 @@ def _spellings() -> dict[str, str]:
 
 @cache
 def _gpu(name: str) -> Gpu:
-    table = _database()["sources"]
-
-    def spelled(source: str) -> str:
-        key, *note = source.split(" ", 1)
-        return " ".join((table[key], *note))
-
     gpu = _checked({"name": name, **_database()["gpus"][name]}, Gpu, name)
-    price = gpu.price and replace(gpu.price, source=spelled(gpu.price.source))
-    return replace(gpu, price=price, sources={path: spelled(s) for path, s in gpu.sources.items()})
+    price = gpu.price and replace(gpu.price, source=_spelled(gpu.price.source))
+    return replace(gpu, price=price, sources={path: _spelled(s) for path, s in gpu.sources.items()})
+
+
+def _spelled(source: str) -> str:
+    """A source by its key, in words."""
+    key, *note = source.split(" ", 1)
+    return " ".join((_database()["sources"][key], *note))
 
 
 @cache
