@@ -92,7 +92,12 @@ def ray(job: Job, comment: str) -> dict[str, str]:
     resources = f'{{"GPU": {job.per_node}}}' if gpus else f'{{"CPU": {job.per_node}}}'
     options = f'"num_{"gpus" if gpus else "cpus"}": {job.per_node}'
     text = render(
-        "on_ray.py", comment=comment, shared=job.shared, resources=resources, options=options, **on_nodes(job)
+        "on_ray.py.j2",
+        comment=comment,
+        shared=job.shared,
+        resources=resources,
+        options=options,
+        **on_nodes(job),
     )
     return torchrun(job, comment) | {"on_ray.py": text}
 
