@@ -21,10 +21,11 @@ from typing import Any
 
 _ANYTHING = {
     "affinity", "initContainers", "ephemeralContainers", "topologySpreadConstraints", "lifecycle",
-    "dnsConfig", "hostAliases", "tolerations", "resourceClaims", "readinessGates", "schedulingGates", "schedulingGroup",
-    "status", "managedFields", "valueFrom", "envFrom", "dataSource", "seLinuxOptions", "windowsOptions",
-    "seccompProfile", "appArmorProfile", "os", "evictionResponders", "schedulingPolicy", "initializer",
-    "podFailurePolicy", "resizePolicy", "restartPolicyRules", "livenessProbe", "exec", "grpc", "selector",
+    "dnsConfig", "hostAliases", "tolerations", "resourceClaims", "readinessGates", "schedulingGates",
+    "schedulingGroup", "status", "managedFields", "valueFrom", "envFrom", "dataSource",
+    "seLinuxOptions", "windowsOptions", "seccompProfile", "appArmorProfile", "os", "evictionResponders",
+    "schedulingPolicy", "initializer", "podFailurePolicy", "resizePolicy", "restartPolicyRules",
+    "livenessProbe", "exec", "grpc", "selector",
 }  # fmt: skip
 _VOLUMES = {"name", "configMap", "persistentVolumeClaim", "emptyDir"}
 _KEPT = {"type", "enum", "required", "minimum", "maximum", "maxLength", "minLength", "pattern", "minItems"}
@@ -132,6 +133,7 @@ def bridge(checkout: str, core: str) -> dict[str, Any]:
     # Some classes inherit from Megatron's training package: what the runner and the recipes themselves set.
     runner = (Path(checkout) / "scripts/training/run_recipe.py").read_text()
     said = re.findall(r'"(\w+)\.(\w+)"\),$', runner, re.MULTILINE)
+    said += re.findall(r"\bself\.(\w+)\.(\w+)\b", (config / "training/config.py").read_text())
     for file in (config / "recipes/deepseek").rglob("*.py"):
         said += re.findall(r"^    cfg\.(\w+)\.(\w+) = ", file.read_text(), re.MULTILINE)
     for section, field in said:
