@@ -71,6 +71,12 @@ def test_the_command_prints_files_and_expectation(tmp_path: Path, capsys: pytest
         ("one server", ["--on", "vllm", "--gpus", "4xH200"], "needs 8 GPUs, and there are 4"),
         ("cores", ["--on", "megatron"], "Megatron-Bridge has no recipe to pre-train v3-mini"),
         ("mixed", ["--on", "vllm"], "not over EP 4 x moeTP 2: plan again with --ep 8, or use --on sglang"),
+        (
+            "one server",
+            ["--on", "lws", "serve.engine=trtllm"],
+            "no files for the engine trtllm: plan again with",
+        ),
+        ("one server", ["--on", "slurm", "serve.engine=whalepod"], "start it with whalepod serve"),
         ("divided", ["--on", "vllm"], "plan again with --mode aggregated, or use --on sglang"),
         (
             "many nodes",

@@ -140,9 +140,9 @@ def _serve(job: Job, on: str, out: Path) -> Parts:
     planned = job.serve.engine
     name = on if on in ("vllm", "sglang") else {"sglang-wide-ep": "sglang"}.get(planned, planned)
     if name not in serving.IMAGES:
-        raise UserError(
-            f"{planned} cannot be launched: plan again with --engine sglang or vllm, or set serve.engine"
-        )
+        own = planned == "whalepod"
+        how = "start it with whalepod serve" if own else "plan again with --engine sglang or vllm"
+        raise UserError(f"there are no files for the engine {planned}: {how}, or set serve.engine")
     engine = job.engine(planned if planned.startswith(name) else name)
     expected, found = job.serving(engine)
     text = comment(job.header(expected, __version__))
