@@ -11,7 +11,7 @@ from whalepod.spec.run import RunConfig, make_run
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "launch"
 
-LITE = {"model": "deepseek-v2-lite", "data": {"sequence_length": 4096}, "out": "runs/lite $(x) `y`"}
+LITE = {"model": "deepseek-v2-lite", "data": {"sequence_length": 4096}, "out": "runs/lite $(x) `y` }\"'"}
 V3 = {"model": "deepseek-v3", "data": {"sequence_length": 4096}, "out": "runs/v3"}
 TRAINING: dict[str, dict[str, Any]] = {
     "one node": {

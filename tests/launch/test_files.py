@@ -65,7 +65,8 @@ def test_scripts_are_scripts(written: Written, tmp_path: Path, name: str, engine
     paths = [str(tmp_path / file) for file in scripts]
     for path in paths:
         subprocess.run(["bash", "-n", path], check=True)
-    found = subprocess.run([check, *paths], capture_output=True, text=True, check=False)
+    # SC2016 would have `$` in a name expanded, which must not be.
+    found = subprocess.run([check, "--exclude=SC2016", *paths], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
 
 

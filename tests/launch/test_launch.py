@@ -112,6 +112,17 @@ def test_no_gpus_and_no_room(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_names_are_not_commands(tmp_path: Path) -> None:
+    launch(job("one node"), "torchrun", tmp_path / "job")
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": "echo", "SHARED_DIR": "/all"}
+    node = ["bash", str(tmp_path / "job" / "node.sh"), "--restart"]
+    said = subprocess.run(node, env=environment, capture_output=True, text=True, check=True)
+    out = job("one node").out
+    assert "$(x)" in out
+    assert said.stdout.rstrip().endswith(f"out=/all/{out} --restart")
+    assert said.stderr == ""
+
+
 @pytest.mark.slow
 def test_two_nodes_of_one_machine_train(tmp_path: Path) -> None:
     example = Path(__file__).parents[2] / "examples" / "v3-mini.yaml"

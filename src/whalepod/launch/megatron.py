@@ -9,7 +9,7 @@ from typing import Any
 
 from whalepod.launch.job import Job
 from whalepod.launch.names import TRAINING
-from whalepod.launch.render import inner, render
+from whalepod.launch.render import quoted, render
 from whalepod.launch.training import on_nodes, sbatch
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.layout import Layout
@@ -37,7 +37,7 @@ _RECOMPUTE: dict[str, dict[str, str]] = {
 def megatron(job: Job, comment: str, folder: str) -> dict[str, str]:
     """node.sh that runs the recipe under torchrun, and a Slurm script around it."""
     lines = overrides(job)
-    out = f"$SHARED_DIR/{inner(job.config.out)}-megatron"
+    out = f'"$SHARED_DIR"/{quoted(job.config.out)}-megatron'
     script = render(
         "megatron.sh", comment=comment, out=out, recipe=recipe(job), overrides=lines, **on_nodes(job)
     )

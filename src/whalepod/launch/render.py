@@ -29,9 +29,9 @@ def one_line(text: object) -> str:
     return re.sub(r"[^\x20-\x7e\xa0-\uffff]|[\u2028\u2029\ufeff]", "?", str(text))
 
 
-def inner(text: object) -> str:
-    """Text within double quotes of a shell, where nothing of it is to be expanded."""
-    return re.sub(r'(["\\`$])', r"\\\1", one_line(text))
+def quoted(text: object) -> str:
+    """One word of a shell, of which nothing is expanded."""
+    return shlex.quote(one_line(text))
 
 
 @cache
@@ -44,5 +44,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     # Not jinja's own tojson, which writes < and ' as HTML wants them.
-    environment.filters |= {"q": shlex.quote, "inner": inner, "comment": one_line, "tojson": json.dumps}
+    environment.filters |= {"q": quoted, "comment": one_line, "tojson": json.dumps}
     return environment

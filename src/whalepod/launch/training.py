@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from whalepod.launch.job import Job
-from whalepod.launch.render import inner, render
+from whalepod.launch.render import quoted, render
 from whalepod.spec.run import dump_run
 
 PORT = 29500
@@ -42,7 +42,7 @@ def pods(job: Job, image: str, name: str | None = None, nodes: int = 0, per_node
         job.image or image,
         nodes or job.num_nodes,
         per_node or job.per_node,
-        None if gpu.architecture == "cpu" else _RESOURCES[gpu.vendor],
+        None if gpu.architecture == "cpu" else _RESOURCES.get(gpu.vendor.lower(), "nvidia.com/gpu"),
         job.shared,
     )
 
@@ -62,7 +62,7 @@ def on_nodes(job: Job) -> dict[str, object]:
 def torchrun(job: Job, comment: str) -> dict[str, str]:
     """node.sh and the run.yaml that it trains."""
     out = PurePath(job.config.out)
-    place = inner(out) if out.is_absolute() else f"$SHARED_DIR/{inner(out)}"
+    place = quoted(out) if out.is_absolute() else f'"$SHARED_DIR"/{quoted(out)}'
     return {
         "node.sh": render("train.sh", comment=comment, out=place, **on_nodes(job)),
         "run.yaml": f"{comment}\n{dump_run(job.config)}",

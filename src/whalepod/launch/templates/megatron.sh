@@ -5,7 +5,7 @@
 #   DATA         prefix of Megatron's indexed data; made-up data if not set
 {% endblock %}
 {% block program %}
-OUT="${OUT:-{{ out }}}"
+OUT=${OUT:-{{ out }}}
 PYTHON="${PYTHON:-python3}"
 BRIDGE="${BRIDGE:-/opt/Megatron-Bridge}"
 DATASET=(--dataset mock)

@@ -1,13 +1,13 @@
 {% extends "node.sh" %}
 {% block variables %}
-#   MODEL        a folder or a name on the hub ({{ model }})
+#   MODEL        a folder or a name on the hub ({{ model | comment }})
 {% if count > 1 %}
 #   WORKER       number of this server, from 0, of {{ count }} that are alike
 {% endif %}
 #   HOST, PORT   where it listens; API_KEY, if set, is asked of clients
 {% endblock %}
 {% block run %}
-MODEL="${MODEL:-{{ model | inner }}}"
+MODEL=${MODEL:-{{ model | q }}}
 HOST="${HOST:-{{ host }}}"
 PORT="${PORT:-$(({{ listen }} + ${WORKER:-0}))}"
 {% for name, value in environment.items() %}

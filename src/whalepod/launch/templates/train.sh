@@ -4,7 +4,7 @@
 #   PYTHON       python3 that has whalepod, else whalepod is installed from SHARED_DIR/whalepod, a checkout
 {% endblock %}
 {% block program %}
-OUT="${OUT:-{{ out }}}"
+OUT=${OUT:-{{ out }}}
 PYTHON="${PYTHON:-python3}"
 export WHALEPOD_CACHE="${WHALEPOD_CACHE:-$SHARED_DIR/cache}"
 "$PYTHON" -c "import whalepod" 2>/dev/null || "$PYTHON" -m pip install --quiet "$SHARED_DIR/whalepod"
