@@ -46,7 +46,7 @@ def test_says_its_plan_and_what_to_expect(written: Written, name: str, engine: s
         assert config.model_spec().name in head, file
         assert done.expected.words in head
         assert done.expected.layout in head
-    assert done.expected.tokens_per_s > 0
+    assert (done.expected.tokens_per_s is None) == (name == "cores")  # of a network that nobody knows
     assert done.expected.memory_gib > 0
     assert json.loads(json.dumps(done.as_dict(), allow_nan=False))["files"] == [str(f) for f in done.files]
 

@@ -27,14 +27,14 @@ from whalepod.spec.run import RunConfig
 @dataclass(frozen=True)
 class Expectation:
     """Of the whole deployment or step; memory of the fullest GPU. software: whose speed and memory these are.
-    step_s is training's; ttft_ms and tpot_ms are serving's, at `concurrency` requests in flight."""
+    No speed is known where the network between nodes is not. step_s is training's; ttft_ms and tpot_ms are serving's, at `concurrency` requests in flight."""
 
     layout: str
     software: str
     memory_gib: float
     gpu_memory_gib: float
-    tokens_per_s: float
-    tokens_per_s_per_gpu: float
+    tokens_per_s: float | None
+    tokens_per_s_per_gpu: float | None
     limited_by: str
     step_s: float | None = None
     concurrency: float | None = None
@@ -43,6 +43,9 @@ class Expectation:
 
     @property
     def words(self) -> str:
+        memory = f"{self.memory_gib:.1f} of {self.gpu_memory_gib:.1f} GiB on the fullest GPU"
+        if self.tokens_per_s is None:
+            return f"{memory}; no speed: the network between nodes is not known (planned as {self.software})"
         speed = f"{self.tokens_per_s:,.0f} tokens/s ({self.tokens_per_s_per_gpu:,.0f} a GPU)"
         if self.step_s is not None:
             speed += f", {self.step_s:.3g} s a step"
@@ -51,7 +54,6 @@ class Expectation:
                 f" of output at {self.concurrency:,.0f} requests in flight, first token after "
                 f"{self.ttft_ms:,.0f} ms, then one every {self.tpot_ms:.3g} ms"
             )
-        memory = f"{self.memory_gib:.1f} of {self.gpu_memory_gib:.1f} GiB on the fullest GPU"
         return f"{speed}; {memory}; limited by {self.limited_by} (planned as {self.software})"
 
 
@@ -134,15 +136,16 @@ class Job:
             mtp=self.spec.num_nextn_predict_layers > 0,
         )
         plan = time_run(job, layout)
+        known = self.cluster.num_gpus <= self.cluster.most
         return Expectation(
             "; ".join(layout_words(self.layout)),
             software.name,
             plan.memory_gib,
             gpu.memory_gib,
-            plan.tokens_per_s,
-            plan.tokens_per_s_per_gpu,
-            plan.limited_by,
-            step_s=plan.step.seconds,
+            plan.tokens_per_s if known else None,
+            plan.tokens_per_s_per_gpu if known else None,
+            plan.limited_by if known else "network",
+            step_s=plan.step.seconds if known else None,
         )
 
     # -- serving
