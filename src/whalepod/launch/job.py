@@ -27,7 +27,8 @@ from whalepod.spec.run import RunConfig
 @dataclass(frozen=True)
 class Expectation:
     """Of the whole deployment or step; memory of the fullest GPU. software: whose speed and memory these are.
-    No speed is known where the network between nodes is not. step_s is training's; ttft_ms and tpot_ms are serving's, at `concurrency` requests in flight."""
+    step_s is training's; ttft_ms and tpot_ms are serving's, at `concurrency` requests in flight. No speed is
+    known where the network between nodes is not."""
 
     layout: str
     software: str
