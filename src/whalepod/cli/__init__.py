@@ -5,7 +5,7 @@ A command imports what it needs inside its function, so that `whalepod models` n
 A mistake of the user is a UserError wherever it is found; `main` alone turns it into a line and a code.
 
     base       what all share: the app, consoles, progress, JSON
-    planning, machine, training, serving   the commands
+    planning, machine, training, serving, launching   the commands
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import suppress
 import typer
 
 from whalepod.cli import (  # each adds its commands to the app, in this order
+    launching,
     machine,
     planning,
     serving,
@@ -26,7 +27,7 @@ from whalepod.cli import (  # each adds its commands to the app, in this order
 from whalepod.cli.base import app
 from whalepod.spec.errors import UserError
 
-__all__ = ["machine", "main", "planning", "run", "serving", "training"]
+__all__ = ["launching", "machine", "main", "planning", "run", "serving", "training"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

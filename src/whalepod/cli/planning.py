@@ -119,7 +119,9 @@ def plan(
     calculator: Annotated[
         bool, typer.Option("--calculator", help="What parameters x bytes x 1.15 says beside.")
     ] = False,
-    emit: Annotated[Path | None, option("Write the first plan as a run.yaml for `whalepod train`.")] = None,
+    emit: Annotated[
+        Path | None, option("Write the first plan as a run.yaml, for `whalepod train` and `launch`.")
+    ] = None,
     html: Annotated[Path | None, option("Write a report with pictures, in one file.")] = None,
     picture: Annotated[Path | None, option("Write a picture (PNG).")] = None,
     as_json: JsonOption = False,

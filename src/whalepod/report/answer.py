@@ -18,7 +18,7 @@ from whalepod.planner.serve_plan import ServingAnswer, plan_serving
 from whalepod.report import planning, scaling
 from whalepod.report.planning_tables import training_view
 from whalepod.report.question import Question, check_top, parse_counts
-from whalepod.report.serving import serving_json
+from whalepod.report.serving import serve_yaml, serving_json
 from whalepod.report.serving_tables import serving_view
 from whalepod.spec.errors import UserError
 
@@ -50,8 +50,6 @@ def plan(
     Raises UserError for bad input, and for files that cannot be.
     """
     check_top(top)
-    if emit is not None and question.goal != "train":
-        raise UserError("--emit writes a training run; for serving there is no file yet")
     planning.check_place(emit, "--emit", (".yaml", ".yml"))
     planning.check_place(html, "--html")
     planning.check_place(picture, "--picture", (".png",))
@@ -64,11 +62,13 @@ def plan(
         found = Answer(planning.training_json(planned, question.operation), planned)
         found.doc["advice"] += _without_pins(planned)
         if emit is not None:
-            planning.write_text(emit, planning.run_yaml(question, planned), "--emit")
+            planning.write_text(emit, planning.run_yaml(question, planned, gpus), "--emit")
             found.doc["notes"] += planning.run_notes(planned)
     else:
         served = plan_serving(question.serving_job(cluster), top)
         found = Answer(serving_json(served), served)
+        if emit is not None:
+            planning.write_text(emit, serve_yaml(question, served, gpus), "--emit")
     _draw(found, html, picture)
     return found
 

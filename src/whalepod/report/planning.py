@@ -17,10 +17,8 @@ from whalepod.report.calculator import web_calculator
 from whalepod.report.question import Question
 from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Cluster, Operation, usual_operation
-from whalepod.spec.layout import Layout
+from whalepod.spec.layout import Layout, layout_words
 from whalepod.spec.presets import load_preset
-
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 def training_json(answer: TrainingAnswer, operation: Operation | None = None) -> dict[str, Any]:
@@ -125,21 +123,6 @@ def layout_json(layout: Layout) -> dict[str, Any]:
     return values
 
 
-def layout_words(layout: Layout) -> tuple[str, str]:
-    """How a model is spread, `pp 16 x dp 128 x ep 64`, and how it works, `dualpipev, micro-batch 1, ...`."""
-    names = {"dp_replicate": "replicate", "dp_shard": "dp"}
-    sizes = [(names.get(axis, axis), getattr(layout, axis)) for axis in AXES]
-    axes = " x ".join(f"{name} {size}" for name, size in sizes if size > 1) or "1 device"
-    if layout.ep > 1:
-        axes += f", ep {layout.ep}"
-    work = [f"micro-batch {layout.micro_batch}", f"ZeRO {layout.zero}"]
-    if layout.pp > 1:
-        stages = f" x {layout.stages_per_rank}" if (layout.stages_per_rank or 1) > 1 else ""
-        work.insert(0, f"{layout.schedule}{stages}")
-    work.append("no recompute" if layout.recompute == "none" else f"recompute {layout.recompute}")
-    return axes, ", ".join(work)
-
-
 def price_json(cluster: Cluster) -> dict[str, Any] | None:
     """The GPU's price with its date and source; None where nobody said one."""
     price = cluster.gpu.price
@@ -157,8 +140,11 @@ def cluster_memory_gib(plans: tuple[TrainingPlan, ...]) -> float | None:
     return devices * sum(sum(parts.values()) for parts in best.memory_by_rank)
 
 
-def run_yaml(question: Question, answer: TrainingAnswer) -> str:
-    """The best plan as the text of a run.yaml that `whalepod train` takes. Raises UserError without one."""
+def run_yaml(question: Question, answer: TrainingAnswer, gpus: str) -> str:
+    """The best plan as the text of a run.yaml that `whalepod train` takes. Raises UserError without one.
+
+    gpus: what was planned for, as it was typed.
+    """
     from whalepod.spec.run import dump_run, make_run
 
     name = answer.job.spec.name
@@ -173,6 +159,8 @@ def run_yaml(question: Question, answer: TrainingAnswer) -> str:
     config = make_run(
         {
             "model": question.run_model,
+            "gpus": gpus,
+            "gpus_per_node": question.gpus_per_node,
             "layout": layout_json(layout),
             "data": {"sequence_length": answer.job.sequence_length},
             "train": {"checkpoint_every": lasting.steps(answer.plans[0].step.seconds)},

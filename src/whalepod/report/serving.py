@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import yaml
+
 from whalepod.planner.answers import Help
 from whalepod.planner.serve_layout import parse_layout
 from whalepod.planner.serve_memory import ServeMemory
@@ -16,7 +18,10 @@ from whalepod.planner.serve_plan import ServingAnswer, ServingJob, serving_traps
 from whalepod.planner.serving import ServeEstimate
 from whalepod.report.calculator import web_calculator
 from whalepod.report.planning import price_json
+from whalepod.report.question import Question
 from whalepod.spec.counts import GIB
+from whalepod.spec.errors import UserError
+from whalepod.spec.run import make_run
 
 
 def serving_json(answer: ServingAnswer) -> dict[str, Any]:
@@ -60,6 +65,28 @@ def serving_json(answer: ServingAnswer) -> dict[str, Any]:
             job.spec, job.cluster, job.precision, "serve", None if best is None else held_gib(best)
         ),
     }
+
+
+def serve_yaml(question: Question, answer: ServingAnswer, gpus: str) -> str:
+    """The best deployment as the text of a run.yaml for `whalepod launch`. Raises UserError without one."""
+    job = answer.job
+    if not answer.plans:
+        raise UserError(f"there is no plan to emit: {answer.advice[0] if answer.advice else 'nothing fits'}")
+    best = answer.plans[0]
+    serve = {
+        "layout": str(best.layout),
+        "engine": job.engine,
+        "precision": job.precision,
+        "isl": job.isl,
+        "osl": job.osl,
+        "concurrency": round(best.concurrency, 1),
+        "drafts": job.drafts,
+    }
+    values = {"model": question.run_model, "gpus": gpus, "serve": serve}
+    if question.gpus_per_node is not None:
+        values["gpus_per_node"] = question.gpus_per_node
+    make_run(values)
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def estimate_json(plan: ServeEstimate, job: ServingJob, helps: Sequence[Help] = ()) -> dict[str, Any]:

@@ -339,6 +339,21 @@ class Layout:
             )
 
 
+def layout_words(layout: Layout) -> tuple[str, str]:
+    """How a model is spread, `pp 16 x dp 128 x ep 64`, and how it works, `dualpipev, micro-batch 1, ...`."""
+    names = {"dp_replicate": "replicate", "dp_shard": "dp"}
+    sizes = [(names.get(axis, axis), getattr(layout, axis)) for axis in AXES]
+    axes = " x ".join(f"{name} {size}" for name, size in sizes if size > 1) or "1 device"
+    if layout.ep > 1:
+        axes += f", ep {layout.ep}"
+    work = [f"micro-batch {layout.micro_batch}", f"ZeRO {layout.zero}"]
+    if layout.pp > 1:
+        stages = f" x {layout.stages_per_rank}" if (layout.stages_per_rank or 1) > 1 else ""
+        work.insert(0, f"{layout.schedule}{stages}")
+    work.append("no recompute" if layout.recompute == "none" else f"recompute {layout.recompute}")
+    return axes, ", ".join(work)
+
+
 _CHOICES: dict[str, tuple[object, ...]] = {
     "zero": (1, 2, 3),
     "schedule": get_args(Schedule),

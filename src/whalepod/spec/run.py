@@ -157,11 +157,29 @@ class LoRAConfig(_Section):
     modules: tuple[str, ...] | None = None
 
 
+class ServeConfig(_Section):
+    """A deployment, for `whalepod launch`: workers in the planner's words, `TP8 DPattn1 moeTP1 EP8` or
+    `P 1x(TP1 DPattn8 moeTP1 EP8) + D 2x(...)`, and what they were planned for. concurrency: requests in
+    flight, each of `isl` tokens of prompt and `osl` of answer. drafts: tokens that MTP guesses a step."""
+
+    layout: str
+    engine: str = "sglang"
+    precision: Literal["bf16", "fp8", "fp4"] = "bf16"
+    isl: int = Field(default=4096, ge=1)
+    osl: int = Field(default=1024, ge=1)
+    concurrency: float = Field(default=1.0, ge=1)
+    drafts: int = Field(default=0, ge=0, le=8)
+
+
 class RunConfig(_Section):
     """A whole job: what `run.yaml` holds. `model` is a preset's name, a path, or a mapping with
-    `preset` and the fields to change."""
+    `preset` and the fields to change. gpus, gpus_per_node: what it was planned for, as `whalepod plan` takes
+    them. A job with `serve` is a deployment: the other sections have no effect on it."""
 
     model: str | dict[str, Any] = DEFAULT_MODEL
+    gpus: str | None = None
+    gpus_per_node: int | None = Field(default=None, ge=1)
+    serve: ServeConfig | None = None
     layout: LayoutConfig = Field(default_factory=LayoutConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     fp8: FP8Config = Field(default_factory=FP8Config)
@@ -203,7 +221,9 @@ class RunConfig(_Section):
         return self.model_copy(update={"layout": self.layout.model_copy(update=changes)})
 
     def make_layout(self) -> Layout:
-        """Raises UserError while it is open."""
+        """Raises UserError while it is open, and for a deployment."""
+        if self.serve is not None:
+            raise UserError("this job is a deployment (`serve`): it is for `whalepod launch`")
         if self.is_open:
             raise UserError(
                 "layout.micro_batch and layout.recompute are `auto` for `whalepod train` only, which tries "
@@ -244,9 +264,10 @@ def make_run(values: dict[str, Any], where: str = "run") -> RunConfig:
     except RecursionError:
         raise UserError(f"{where}: nested too deeply") from None
     closed = {"micro_batch": 1, "recompute": "none"}
-    config.with_layout(
-        **{k: v for k, v in closed.items() if getattr(config.layout, k) == "auto"}
-    ).make_layout()
+    Layout(
+        **config.layout.model_dump()
+        | {k: v for k, v in closed.items() if getattr(config.layout, k) == "auto"}
+    )
     return config
 
 
