@@ -154,9 +154,10 @@ CPU_LAUNCHES: Mapping[str, float] = {
     "shared": 14.0,
     "dispatch": 20.0,
     "experts": 5.0,
-    "expert": 2.0,
+    "expert": 0.0,
 }
-"""A third of the operations of a forward and backward pass, by part."""
+"""A third of the operations of a forward and backward pass, by part; what each expert costs by itself is
+in the measured grouped products. From `bench/elementwise.py`."""
 CPU_OPERATION_US = 6.0
 """Of one on a core that was not calibrated."""
 
