@@ -1,6 +1,7 @@
 """How far the planner can be trusted here: predicted against measured, of small models under many layouts.
 
     whalepod calibrate && python bench/trust.py [--steps 9] [--models v3-mini wide] [--layouts one dp ...]
+    ... --precision fp32 --tokens 2048           # on a CPU without BF16 products, where those take minutes
 
 Every row is a `whalepod train` of a few steps, on one worker or two, each with one core: its predicted and
 measured step time (median), tensors in memory at the peak of a step, and bytes by axis, as the command itself
@@ -48,10 +49,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {  # micro_batch: of 32 sequences
 }
 
 
-def measure(model: str, layout: str, steps: int) -> dict[str, Any]:
+def measure(model: str, layout: str, steps: int, precision: str, tokens: int) -> dict[str, Any]:
     values = MODELS[model]
-    sequences = 8192 // values["data"]["sequence_length"]
-    where = {"micro_batch": 16, "global_batch": sequences, "precision": "bf16", **LAYOUTS[layout]}
+    sequences = tokens // values["data"]["sequence_length"]
+    where = {"micro_batch": 16, "global_batch": sequences, "precision": precision, **LAYOUTS[layout]}
     where["micro_batch"] = max(1, where["micro_batch"] * sequences // 32)
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(
@@ -70,6 +71,8 @@ def measure(model: str, layout: str, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "trust.json")
@@ -77,7 +80,7 @@ def main() -> None:
     runs, errors = [], {"step": [], "memory": [], "bytes": []}
     for model in args.models:
         for layout in args.layouts:
-            run = measure(model, layout, args.steps)
+            run = measure(model, layout, args.steps, args.precision, args.tokens)
             runs.append(run)
             print(f"{model:8} {layout:13}", end="")
             for row in run["rows"]:

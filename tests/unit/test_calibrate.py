@@ -70,6 +70,7 @@ def synthetic(share: float = 0.8, half_k: float = 100.0, half_rows: float = 30.0
         gather_gb_s=20.0,
         optimizer_gb_s=70.0,
         dispatch_us=2.0,
+        operation_us=5.0,
         products=tuple(Product("bf16", 512, k, 512, product(k)) for k in (64, 256, 1024)),
         grouped=tuple(
             Grouped("bf16", 4, rows, k, 64, grouped(rows, k)) for rows in (8, 64) for k in (64, 512)
@@ -148,6 +149,7 @@ def test_the_plan_goes_by_the_profile(tmp_path: Path) -> None:
             m,
             **{name: getattr(m, name) * factor for name in rates},
             dispatch_us=m.dispatch_us / factor,
+            operation_us=(m.operation_us or 0) / factor,
             products=tuple(row._replace(flop_s=row.flop_s * factor) for row in m.products),
             grouped=tuple(row._replace(flop_s=row.flop_s * factor) for row in m.grouped),
             attention=tuple(

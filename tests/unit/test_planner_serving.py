@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from whalepod.planner import serve_accuracy
-from whalepod.planner.network import expected_nodes
+from whalepod.planner.routing import expected_nodes
 from whalepod.planner.serve_kernels import Kernels
 from whalepod.planner.serve_layout import ServeLayout, Worker, parse_layout
 from whalepod.planner.serve_measured import MeasuredKernels, around
@@ -309,8 +309,8 @@ def test_tokens_cross_to_the_nodes_that_the_router_allows():
     moe = V3.moe
     assert moe is not None
     gpu = load_gpu("H800")
-    for nodes, visited in ((4, 3.00), (8, 3.60), (16, 5.25)):
-        assert expected_nodes(moe, nodes) == pytest.approx(visited, abs=0.01)
+    for nodes, visited in ((4, 3.11), (8, 3.93), (16, 5.69)):
+        assert expected_nodes(moe, nodes) == pytest.approx(visited, abs=0.03)
         kernels = Kernels(gpu, software("H800").kernels, 8)
         times = [kernels.exchange(n, 7168, moe, 8 * nodes, 1.0, dedupe=True) for n in (10_000, 20_000)]
         # Bytes over the network: all but the own node's share of the copies.

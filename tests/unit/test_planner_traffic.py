@@ -21,19 +21,20 @@ TOLERANCE = 0.02
 LENGTH = 32768  # tokens enough for drawn routing to come near its mean
 
 
-def config(layout: Layout) -> RunConfig:
+def config(layout: Layout, optimizer: str) -> RunConfig:
     values = {f.name: getattr(layout, f.name) for f in fields(layout)}
     values["stage_layers"] = layout.stage_layers and list(layout.stage_layers)
-    return make_run({"layout": values, "data": {"sequence_length": LENGTH}})
+    optimized = {"optimizer": {"name": optimizer}}
+    return make_run({"layout": values, "data": {"sequence_length": LENGTH}, **optimized})
 
 
-def check(model: str, axes: dict[str, Any], rank: int) -> None:
+def check(model: str, axes: dict[str, Any], rank: int, optimizer: str = "adamw") -> None:
     spec = parity.models()[model]
     layout = Layout(**{"micro_batch": 1, "global_batch": 4 * axes.get("dp_shard", 1), **axes})
     spec = spec.with_(num_hidden_layers=8) if layout.stages_per_rank == 4 else spec
     layout.check_model(spec, LENGTH)
-    counted = measure(config(layout), spec, rank, on_gpu=False).counts.bytes
-    found = step_traffic(spec, layout, LENGTH, rank)
+    counted = measure(config(layout, optimizer), spec, rank, on_gpu=False).counts.bytes
+    found = step_traffic(spec, layout, LENGTH, rank, muon=optimizer == "muon")
     everything, case = sum(counted.values()), (model, axes, rank)
     assert {(axis, op) for axis in found for op in found[axis]} == {k for k, v in counted.items() if v}, case
     for axis, ops in found.items():
@@ -57,6 +58,11 @@ SOME = [
 @pytest.mark.parametrize("axes", SOME, ids=parity.label)
 def test_a_bit_of_everything(axes: dict[str, Any]) -> None:
     check("V3-like", axes, 1)
+
+
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"dp_shard": 2, "ep": 2}, SOME[-1]], ids=parity.label)
+def test_what_muon_sums(axes: dict[str, Any]) -> None:
+    check("V3-like", axes, 1, "muon")
 
 
 @pytest.mark.slow

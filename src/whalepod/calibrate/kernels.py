@@ -1,7 +1,8 @@
 """Kernels of one device in the forms that training runs them in: linear layers, grouped products of experts
 and their weights' gradients, causal attention as training runs it, elementwise passes, fused AdamW.
 
-A time is the median of several.
+A time is the median of several. What an operation costs by itself, however little it computes, is measured
+with a model too small to compute anything.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from whalepod.models.attention import fused
 from whalepod.models.tiled import tiled
+from whalepod.models.transformer import Transformer, init_weights
 from whalepod.precision.widened import widen_products
 from whalepod.spec.measured import Attended, Grouped, Precision, Product
+from whalepod.spec.presets import load_model_spec
 from whalepod.train.metrics import synchronize
 
 Progress = Callable[[str, int, int], None]
@@ -65,7 +69,7 @@ def time_kernels(place: torch.device, sizes: Sizes, report: Progress) -> dict[st
     """Fields of Measured, and `peak_gb_s`, the most that any elementwise pass moved."""
     if place.type == "cpu":
         widen_products()
-    total, done = 2 * (len(sizes.products) + len(sizes.grouped) + len(sizes.attention)) + 4, 0
+    total, done = 2 * (len(sizes.products) + len(sizes.grouped) + len(sizes.attention)) + 5, 0
 
     def step() -> None:
         nonlocal done
@@ -101,6 +105,8 @@ def time_kernels(place: torch.device, sizes: Sizes, report: Progress) -> dict[st
             step()
     with torch.no_grad():
         memory = _memory(sizes.stream, place, timed, step)
+    memory["operation_us"] = _operation(place, timed) * 1e6
+    step()
     return {
         "products": tuple(products),
         "grouped": tuple(grouped),
@@ -167,8 +173,40 @@ def _memory(
     }
 
 
+class Operations(TorchDispatchMode):
+    """Counts those that do something: views are part of what comes before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::")
+        self.count += not (func.is_view or name in ("detach", "_unsafe_view"))
+        return func(*args, **(kwargs or {}))
+
+
+def _operation(place: torch.device, timed: Callable[[Callable[[], Any]], float]) -> float:
+    """Seconds of one operation of a forward and backward pass, through modules and autograd."""
+    small = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "vocab_size": 64}
+    few = {"num_hidden_layers": 2, "n_routed_experts": 8, "num_nextn_predict_layers": 0}
+    model = Transformer(load_model_spec("v3-mini").with_(**small, **few))
+    init_weights(model, 0)
+    model.to(place, torch.bfloat16)
+    tokens = torch.zeros(1, 8, dtype=torch.int64, device=place)
+
+    def step() -> None:
+        model(tokens, tokens.unsqueeze(-1)).main.backward()
+
+    step()
+    with Operations() as counted:
+        step()
+    return timed(step) / counted.count
+
+
 def median_seconds(call: Callable[[], Any], place: torch.device, budget_s: float) -> float:
-    """Of one call, after a first one; each sample is of as many calls as the clock needs."""
+    """Of one call, after a first one; each sample is of as many calls as the clock needs. A first call that
+    takes longer than the budget (a large BF16 product on a CPU that has no BF16) is the only one."""
 
     def sample(repeats: int) -> float:
         synchronize(place)
@@ -179,7 +217,8 @@ def median_seconds(call: Callable[[], Any], place: torch.device, budget_s: float
         return (time.perf_counter() - start) / repeats
 
     end = time.perf_counter() + budget_s
-    sample(1)
+    if (first := sample(1)) > budget_s:
+        return first
     repeats = max(1, round((2e-3 if place.type == "cuda" else 2e-4) / max(sample(1), 1e-7)))
     samples: list[float] = []
     while len(samples) < 3 or time.perf_counter() < end:

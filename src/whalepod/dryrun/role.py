@@ -104,6 +104,8 @@ def measure(
         answers(ledger)
         with ledger:  # once, so that moments are there
             _make_moments(work)
+        mesh.traffic.calls.clear()  # Muon sends something for it
+        mesh.traffic.bytes.clear()
         state = _hold_state(ledger, work)
         ledger.begin(grain=int(ledger.total * GRAIN_SHARE))
         tally = Tally(mesh.traffic, ledger, middle(layout))

@@ -89,7 +89,7 @@ def dry_run(
     on_gpu = cluster.gpu.architecture != "cpu"
     one = partial(measure, config, spec, on_gpu=on_gpu, imbalance=imbalance)
     measured = measure_all(one, ranks, progress)
-    own = own_software(config.optimizer.moments)
+    own = own_software(config.optimizer)
     software = own.on(cluster)
     job = TrainingJob(
         *(spec, cluster, own, layout.global_batch, config.data.sequence_length),

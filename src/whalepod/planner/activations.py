@@ -56,7 +56,7 @@ class Framework:
     token's row comes once to a rank, however many of its experts are there.
     late_gradients: blocks' gradients take memory only once there are any (Megatron's buffers always do).
     waits_with_gradients: between the halves of a split backward pass the gradients of all products' results
-    wait, and with them what was recomputed (torch's pipelines).
+    wait, and with them part of what was recomputed (torch's pipelines; `memory._waits_again`).
     """
 
     logits: float = 2

@@ -53,18 +53,21 @@ class Kernels:
         """Seconds that a kernel takes however small it is."""
         return LAUNCH_S if self.gpu.measured is None else self.gpu.measured.dispatch_us * 1e-6
 
-    def product(self, rows, inner, columns, precision, out_bytes=2.0) -> Times:
-        """rows x inner times inner x columns. `out_bytes` an element; accumulation into FP32 is 8."""
+    def product(self, rows, inner, columns, precision, out_bytes=None) -> Times:
+        """rows x inner times inner x columns. `out_bytes` an element: that of the precision, BF16's for FP8;
+        accumulation into FP32 is 8."""
         flops = 2.0 * rows * inner * columns
+        out_bytes = np.where(precision == "fp32", 4.0, 2.0) if out_bytes is None else out_bytes
         element = np.where(precision == "fp8", 1.0, np.where(precision == "fp32", 4.0, 2.0))
         moved = element * (rows * inner + inner * columns) + out_bytes * rows * columns
         rate = self.rate(self.shares.gemm, precision) * inner / (inner + self.shares.half_k)
         return smooth_max(flops / rate, moved / self.bandwidth, power=RIDGE) + self.launch
 
-    def grouped(self, experts, rows, inner, columns, precision, out_bytes=2.0, of="rows") -> Times:
+    def grouped(self, experts, rows, inner, columns, precision, out_bytes=None, of="rows") -> Times:
         """`experts` products of `rows` x inner times inner x columns; `of` names the routed dimension:
         `rows`, or `inner` in the gradient of the weights."""
         flops = 2.0 * experts * rows * inner * columns
+        out_bytes = np.where(precision == "fp32", 4.0, 2.0) if out_bytes is None else out_bytes
         element = np.where(precision == "fp8", 1.0, np.where(precision == "fp32", 4.0, 2.0))
         moved = experts * (element * (rows * inner + inner * columns) + out_bytes * rows * columns)
         routed, fixed = (rows, inner) if of == "rows" else (inner, np.minimum(rows, columns))

@@ -14,8 +14,9 @@ import numpy as np
 
 from whalepod.planner.candidates import Candidates
 from whalepod.planner.kernels import Kernels
-from whalepod.planner.network import UNREACHABLE_S, Network, expected_nodes
+from whalepod.planner.network import UNREACHABLE_S, Network
 from whalepod.planner.roofline import smooth_max
+from whalepod.planner.routing import expected_nodes
 from whalepod.planner.software import Software
 from whalepod.spec.counts import attended_keys, attention_flops
 from whalepod.spec.model import GQA, ModelSpec
@@ -84,6 +85,11 @@ class LayerCosts:
         return self.c.micro_batch * self.sequence_length / self.c.cp
 
     @property
+    def b(self) -> np.ndarray:
+        """Bytes of a number between products."""
+        return np.where(self.c.precision == "fp32", 4.0, 2.0)
+
+    @property
     def shard(self) -> np.ndarray:
         """... and on its own part of the sequence."""
         return self.tokens / self.c.tp
@@ -92,7 +98,8 @@ class LayerCosts:
         """One `dense`, `moe` or `mtp` layer, the `embedding`, or the `head` with its loss."""
         out = Layer(len(self.c))
         if kind == "embedding":
-            out.add("memory", (F, W), self.kernels.stream(self.tokens * self.spec.hidden_size * 4.0))
+            out.add("memory", (F, W), self.kernels.stream(self.tokens * self.spec.hidden_size * 2 * self.b))
+            self._add_up(out, self.spec.vocab_size * self.spec.hidden_size / self.c.tp)
         elif kind == "head":
             self._head(out)
         else:
@@ -121,12 +128,24 @@ class LayerCosts:
         k, p = self.kernels, self.c.precision if precision is None else precision
         out.add(part, (F,), k.product(rows, inner, columns, p), again)
         out.add(part, (I,), k.product(rows, columns, inner, p))
-        # Weights' gradients add up in FP32: read and written.
-        out.add(part, (W,), k.product(inner, rows, columns, p, out_bytes=8.0))
+        out.add(part, (W,), k.product(inner, rows, columns, p, out_bytes=self._written))
+        self._add_up(out, inner * columns)
+
+    @property
+    def _written(self) -> float | None:
+        """Bytes per element of a weight's gradient that its product moves: FP32 sums, or the result alone."""
+        return 8.0 if self.software.framework.dummy_gradients else None
+
+    def _add_up(self, out: Layer, elements) -> None:
+        """Gradients read and their FP32 sums read and written, where the product does not add by itself."""
+        if not self.software.framework.dummy_gradients:
+            out.add("gradients", (W,), self.kernels.stream(elements * (self.b + 8.0)))
 
     def _memory(self, out: Layer, forward, backward, again: Again = False) -> None:
-        out.add("memory", (F,), self.kernels.stream(forward * self.software.elementwise), again)
-        out.add("memory", (I,), self.kernels.stream(backward * self.software.elementwise))
+        """Numbers that elementwise work reads and writes."""
+        each = self.b * np.where(self.c.precision == "fp32", *self.software.elementwise[::-1])
+        out.add("memory", (F,), self.kernels.stream(forward * each), again)
+        out.add("memory", (I,), self.kernels.stream(backward * each))
 
     def _quantize(self, out: Layer, elements, again: Again = False) -> None:
         """BF16 read, FP8 written along rows and along columns (the weights' gradients want those); the
@@ -189,15 +208,15 @@ class LayerCosts:
         out.add("attention", (I,), back)
         # Two norms and two residual additions read and write the hidden states ten times; rotary
         # embedding and building keys read and write queries, keys and values.
-        self._memory(out, self.shard * d * 2 * 6.0, self.shard * d * 2 * 10.0)
-        self._memory(out, self.shard * d * 2 * 4.0, 0.0, norms)
-        self._memory(out, tokens * wide * 2 * 2.0, tokens * wide * 2 * 2.0, up)
+        self._memory(out, self.shard * d * 6.0, self.shard * d * 10.0)
+        self._memory(out, self.shard * d * 4.0, 0.0, norms)
+        self._memory(out, tokens * wide * 2.0, tokens * wide * 2.0, up)
         self._quantize(out, tokens * inputs / c.tp)
         self._launch(out, "attention")
         out.host[R] += np.where(up, UP_LAUNCHES * out.host[F], 0.0)
         self._tensor(out, gathered, d)
         size, inner = c.cp, self.network.inner(c.cp, c.tp)
-        moved = tokens * c.cp * travels * 2.0
+        moved = tokens * c.cp * travels * self.b
         there = self.network.all_gather(moved, size, inner)
         again = self.network.reduce_scatter(moved, size, inner)
         if ring:  # the next part's keys and values travel while attention works on this one's
@@ -208,7 +227,7 @@ class LayerCosts:
         """All-gather before, reduce-scatter after a region that `tp` splits; transposed backward."""
         c, n = self.c, self.network
         inner = n.inner(c.tp)
-        before, after = self.tokens * gathered * 2.0, self.tokens * scattered * 2.0
+        before, after = self.tokens * gathered * self.b, self.tokens * scattered * self.b
         out.move(
             "tp",
             n.all_gather(before, c.tp, inner) + n.reduce_scatter(after, c.tp, inner),
@@ -222,7 +241,7 @@ class LayerCosts:
         self._product(out, "dense", self.tokens, width, d, again)
         # Megatron recomputes the activation function of experts only.
         act = self.c.recompute["moe_act"] & (not self.software.framework.fused_swiglu)
-        self._memory(out, self.tokens * width * 6.0, self.tokens * width * 10.0, again | act)
+        self._memory(out, self.tokens * width * 3.0, self.tokens * width * 5.0, again | act)
         self._quantize(out, self.tokens * (d + width), again)
         self._launch(out, "shared", again)
         self._tensor(out, d, d)
@@ -240,7 +259,7 @@ class LayerCosts:
             shared = moe.n_shared_experts * width / c.tp
             self._product(out, "shared", self.tokens, d, 2 * shared)
             self._product(out, "shared", self.tokens, shared, d)
-            self._memory(out, self.tokens * shared * 6.0, self.tokens * shared * 10.0, act)
+            self._memory(out, self.tokens * shared * 3.0, self.tokens * shared * 5.0, act)
             self._quantize(out, self.tokens * (d + shared))
             self._launch(out, "shared")
             self._tensor(out, d, d)
@@ -255,13 +274,14 @@ class LayerCosts:
             out.add(
                 "experts",
                 (W,),
-                k.grouped(local, inner, rows, columns, c.precision, out_bytes=8.0, of="inner"),
+                k.grouped(local, inner, rows, columns, c.precision, out_bytes=self._written, of="inner"),
             )
+            self._add_up(out, local * inner * columns)
         routed = self.imbalance * tokens * picks
-        self._memory(out, routed * cut * 6.0, routed * cut * 10.0, act)
+        self._memory(out, routed * cut * 3.0, routed * cut * 5.0, act)
         self._quantize(out, routed * (d + cut))
         copies = 2 if self.software.dispatcher == "all-to-all" else 1
-        moved = routed * d * 2 * 4.0 * copies * self.software.permute
+        moved = routed * d * self.b * 4.0 * copies * self.software.permute
         out.add("permute", (F, I), self.kernels.gather(moved))
         self._launch(out, "dispatch")
         self._launch(out, "experts")
@@ -278,8 +298,8 @@ class LayerCosts:
         moe, c, n = self.spec.moe, self.c, self.network
         assert moe is not None
         d, picks = self.spec.hidden_size, moe.num_experts_per_tok
-        there = np.where(c.wire == "fp8", FP8_SCALE, 2.0) * d
-        both = tokens * (there + 2.0 * d) * self.imbalance
+        there = np.where(c.wire == "fp8", FP8_SCALE, self.b) * d
+        both = tokens * (there + self.b * d) * self.imbalance
         inner = n.inner(c.ep)
         inside, outside = self.software.exchange[self.software.dispatcher]
         seconds = np.zeros(len(c))
@@ -318,12 +338,6 @@ class LayerCosts:
         self._tensor(out, d, 0)
 
 
-HOST_SHARPNESS = 2.0
-"""How well the host hides behind the device: the exponent of the smooth maximum of their times. It runs
-ahead until a layer asks the device something, as dropless experts do in every layer, so what it lacks shows
-in part even where the device is slower."""
-
-
-def together(device: np.ndarray, host: np.ndarray) -> np.ndarray:
-    """Seconds of kernels that the device works on and the host launches."""
-    return smooth_max(device, host, power=HOST_SHARPNESS)
+def together(device: np.ndarray, host: np.ndarray, sharpness: float) -> np.ndarray:
+    """Seconds of kernels that the device works on and the host launches (`Software.host_sharpness`)."""
+    return smooth_max(device, host, power=sharpness)

@@ -173,19 +173,23 @@ class _Work:
         sizes, stages = size, layers.dense.shape[-1]
         if self.framework.waits_with_gradients:
             zeros = np.zeros(size.shape)
-            per = {kind: self._a.waiting(kind) + self._again[kind] for kind in self._state.block_kinds}
+            per = {kind: self._a.waiting(kind) + self._waits_again[kind] for kind in self._state.block_kinds}
             waits = sum((counts[kind] * per[kind][rows, None, None] for kind in per), zeros)
             sizes = np.concatenate([size, waits], axis=-1)
         # [pp, rows, moments]
-        sums = np.matmul(sizes.transpose(1, 0, 2), in_flight.transpose(0, 2, 1).astype(float))
-        best = sums.argmax(-1)
+        moments = in_flight.transpose(0, 2, 1).astype(float)
+        sums = np.matmul(sizes.transpose(1, 0, 2), moments)
+        without = np.matmul(size.transpose(1, 0, 2), moments[:, :stages])
+        out["activations"] = np.take_along_axis(without, sums.argmax(-1)[..., None], -1)[..., 0].T
+        more = sums.max(-1).T - without.max(-1).T
+        at_loss = self._moment(out, layers, counts, size, in_flight[..., :stages], more, rows)
+        # When the loss is made nothing of its stage waits.
+        best = np.where(at_loss.T, without.argmax(-1), sums.argmax(-1))
         now = in_flight[np.arange(len(best))[:, None], best].transpose(1, 0, 2)  # [rows, pp, stages]
         activations = {part: (now[..., :stages] * of_stages).sum(-1) for part, of_stages in parts.items()}
         out["activations"] = sum(activations.values(), np.zeros(()))
         stashed = (now * sizes).sum(-1) - out["activations"]
-        in_flight = in_flight[..., :stages]
-        self._moment(out, layers, counts, size, in_flight, rows)
-        out["working"] = out["working"] + stashed
+        out["working"] = out["working"] + np.where(at_loss, 0, stashed)
         grouped = 0 if self.spec.moe is None else self.overhead.grouped_workspace
         out["workspace"] = np.full_like(out["weights"], self.overhead.workspace + grouped)
         if self.framework.dummy_gradients:
@@ -209,9 +213,11 @@ class _Work:
         counts: Counts,
         size: np.ndarray,
         in_flight: np.ndarray,
+        more: np.ndarray,
         rows: np.ndarray,
-    ) -> None:
-        """Adds what the largest of the passing needs takes: `logits`, or `exchange` and `working`."""
+    ) -> np.ndarray:
+        """Adds what the largest of the passing needs takes: `logits`, or `exchange` and `working`; returns
+        where that is the loss. more: what activations and waiting gradients are, over activations alone."""
         spec, c = self.spec, self.c
         vocabulary = (spec.vocab_size / c.tp)[rows, None]
         ends = vocabulary * spec.hidden_size * self._a.b[rows, None]  # a gradient of head or embedding
@@ -223,7 +229,8 @@ class _Work:
             loss = logits + ends + (self._a.t * (1 + (c.tp > 1)) * spec.hidden_size * self._a.b)[rows, None]
         else:  # one FP32 sum of the head's gradient, rounded when whole and kept, as the input's is
             logits = (1 + depths) * (ends + (self._a.t * spec.hidden_size * self._a.b)[rows, None])
-            loss = logits + vocabulary * spec.hidden_size * 4.0
+            # ... beside one slice's gradient of the head.
+            loss = logits + vocabulary * spec.hidden_size * 4.0 + ends
         # A schedule that runs every forward pass first keeps every loss; others go back at once.
         waiting = (in_flight * layers.head[:, None]).max((1, 2)) if self._all_first(rows) else has["head"]
         out["logits"] = np.maximum(waiting - 1, 0) * logits
@@ -246,19 +253,21 @@ class _Work:
         sent = out.pop("sent")
         late = np.broadcast_to(self.framework.late_gradients, sent.shape)
         alone = late & ((c.accumulation <= 1) & (c.zero > 1) & (c.fsdp > 1))[rows, None]
-        saved = np.where(late, sent, 0) + np.where(alone, out["gradients"], 0)
-        at_loss = (loss - saved >= block) & (loss - saved >= first)
+        passing = np.where(late, sent + out.pop("passing"), 0)
+        # One micro-batch's activations go as its blocks' gradients come.
+        rest = np.maximum(out["gradients"] - out["activations"], 0)
+        loss_alone = loss - passing - np.where(alone, rest, 0) - more
+        at_loss = (loss_alone >= block) & (loss_alone >= first)
         at_block = ~at_loss & (block >= first)
         # Weights come one by one while what a micro-batch of the stage left goes.
         left = size.sum(-1) if size.shape[-1] == 1 else 0
         stays = np.maximum(out.pop("stays") - out["gathered"] - left, 0)
-        out["gathered"] = out["gathered"] + stays + np.where(at_loss & late, 0, sent)
-        # One micro-batch's activations go as its blocks' gradients come.
-        rest = np.where(at_loss, 0, np.maximum(out["gradients"] - out["activations"], 0))
-        out["gradients"] = np.where(alone, rest, out["gradients"])
+        out["gathered"] = out["gathered"] + stays + sent - np.where(at_loss, passing, 0)
+        out["gradients"] = np.where(alone, np.where(at_loss, 0, rest), out["gradients"])
         out["logits"] = out["logits"] + np.where(at_loss, loss, 0)
         out["exchange"] = np.where(at_block, exchange, 0)
         out["working"] = np.where(at_block, working, np.where(at_loss, 0, first))
+        return at_loss
 
     def _all_first(self, rows: np.ndarray) -> bool:
         return bool(self.c.schedule[rows[0]] == "gpipe") and bool(self.c.pp[rows[0]] > 1)
@@ -280,9 +289,17 @@ class _Work:
     @cached_property
     def _again(self) -> dict[str, Column]:
         """What recomputation brings back of a block, all at once (torch's checkpoint does), by its kind."""
+        return {kind: self._made_again(kind, self.c.recompute) for kind in self._state.block_kinds}
+
+    @cached_property
+    def _waits_again(self) -> dict[str, Column]:
+        """What of it a split backward pass leaves to its second half: all but what SwiGLU's derivative reads.
+        Blocks of which nothing was kept are made once more there, and leave nothing."""
+        made = {**self.c.recompute, "moe_act": np.zeros(len(self.c), dtype=bool)}
+        kinds = self._state.block_kinds
+        return {kind: np.where(self.c.recompute["all"], 0, self._made_again(kind, made)) for kind in kinds}
+
+    def _made_again(self, kind: str, recompute: Mapping[str, Column]) -> Column:
         nothing = {part: np.zeros(len(self.c), dtype=bool) for part in RECOMPUTED}
-        whole = {kind: self._a.block(kind, nothing) for kind in self._state.block_kinds}
-        return {
-            kind: sum(whole[kind].values(), np.zeros(())) - sum(self._saved[kind].values(), np.zeros(()))
-            for kind in self._state.block_kinds
-        }
+        whole, kept = (self._a.block(kind, policy).values() for policy in (nothing, recompute))
+        return sum(whole, np.zeros(())) - sum(kept, np.zeros(()))

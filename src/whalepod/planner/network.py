@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import comb
 
 import numpy as np
 
 from whalepod.planner.measured import Curves, collective_curves, collective_seconds
 from whalepod.spec.hardware import Cluster, Gpu
 from whalepod.spec.measured import COLLECTIVES
-from whalepod.spec.model import MoE
 
 Times = np.ndarray
 
@@ -119,19 +117,3 @@ class Network:
         if "all_to_all" not in self.curves:
             return None
         return collective_seconds(self.curves["all_to_all"], sent * ranks / (ranks - 1), ranks)
-
-
-def expected_nodes(moe: MoE, nodes: int) -> float:
-    """Nodes among `nodes` that one token's experts lie on, on average, with routing uniform over the groups
-    that the router's limit leaves (DeepSeek-V3, section 2.1.2: at most `topk_group` of `n_group`)."""
-    if nodes <= 1:
-        return 1.0
-    groups, chosen, picks = moe.n_group, min(moe.topk_group, moe.n_group), moe.num_experts_per_tok
-    if groups in (1, chosen):
-        return nodes * (1 - (1 - 1 / nodes) ** picks)
-    if nodes >= groups:
-        cells = chosen * nodes / groups
-    else:
-        per_node = groups // nodes if groups % nodes == 0 else groups / nodes
-        cells = nodes * (1 - comb(int(groups - per_node), chosen) / comb(groups, chosen))
-    return cells * (1 - (1 - 1 / max(cells, 1.0)) ** picks)

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from whalepod.planner.network import expected_nodes, fast_gb_s
+from whalepod.planner.network import fast_gb_s
 from whalepod.planner.roofline import smooth_max
+from whalepod.planner.routing import expected_nodes
 from whalepod.spec.hardware import Gpu
 from whalepod.spec.model import MoE
 

@@ -18,7 +18,7 @@ from whalepod.planner.memory import NO_OVERHEAD, OVERHEAD, Overhead
 from whalepod.planner.state import DEEPSEEK_STATE, MEGATRON_STATE, OWN_STATE, StateTypes
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.hardware import Cluster, Gpu
-from whalepod.spec.run import Moments
+from whalepod.spec.run import OptimizerConfig
 
 Dispatcher = Literal["all-to-all", "two_hop", "deepep", "hybridep"]
 
@@ -61,6 +61,9 @@ class Software:
     launches: kernels that a layer's forward pass launches by part; `expert` counts for every local expert
     (a grouped product as many small ones), the backward pass launches twice as many.
     graphed: parts whose launches CUDA graphs take off the host.
+    host_sharpness: how well the host hides behind the device, the exponent of the smooth maximum of their
+    times. It runs ahead until a layer asks the device something, as dropless experts do in every layer, so
+    what it lacks shows in part even where the device is slower. 1: they are one, and their times add up.
     exchange: share of the link that a dispatcher reaches, (inside the fast domain, across the network).
     rack_dispatcher: the one on machines whose fast domain is larger than a node (None: the same).
     overlap: the exchange hides behind computation of another micro-batch (None: where it crosses the network,
@@ -68,7 +71,8 @@ class Software:
     overlap_cost: by so much the computation slows meanwhile (the multiprocessors that
     communicate); hides: the share of a pass's computation that can hide it: one micro-batch's attention waits
     for another's exchange in a fixed order, and only DeepSeek's kernels share the GPU freely.
-    quantize, permute, elementwise, logits: traffic of these steps in multiples of what fused kernels need.
+    quantize, permute, elementwise, logits: traffic of these steps in multiples of what fused kernels need,
+    elementwise in BF16 (with norms in FP32) and in FP32.
     state, framework, overhead: how it keeps training state and activations, and what it takes besides.
     schedules, zero: the pipeline schedules and ZeRO stages that it has.
     """
@@ -85,9 +89,10 @@ class Software:
     overlap_cost: float = 0.15
     hides: float = 0.6
     graphed: tuple[str, ...] = ()
+    host_sharpness: float = 2.0
     quantize: float = 1.0
     permute: float = 1.0
-    elementwise: float = 1.0
+    elementwise: tuple[float, float] = (1.0, 1.0)
     logits: float = 1.0
     state: StateTypes = DEEPSEEK_STATE
     framework: Framework = MEGATRON
@@ -105,8 +110,16 @@ class Software:
         """This stack as it runs there."""
         if cluster.gpu.architecture == "cpu":
             # No CUDA context, no NCCL; and the device is its own host.
+            measured = cluster.gpu.measured
+            host = {
+                "host_us": CPU_OPERATION_US
+                if measured is None
+                else measured.operation_us or CPU_OPERATION_US,
+                "launches": CPU_LAUNCHES,
+                "host_sharpness": 1.0,
+            }
             plain = {"elementwise": CPU_ELEMENTWISE, "logits": CPU_LOGITS}
-            return replace(self, framework=OWN_CPU, overhead=NO_OVERHEAD, host_us=0.0, **plain)
+            return replace(self, framework=OWN_CPU, overhead=NO_OVERHEAD, **host, **plain)
         if self.rack_dispatcher is None or cluster.domain <= 8:
             return self
         return replace(self, dispatcher=self.rack_dispatcher)
@@ -132,9 +145,21 @@ class Software:
         return self.shares["hopper"].scaled(gpu.reachable.get("bf16", 0.7) / 0.803)
 
 
-CPU_ELEMENTWISE, CPU_LOGITS = 8.6, 3.75
+CPU_ELEMENTWISE, CPU_LOGITS = (8.2, 4.6), 3.0
 """Bytes that a training step of v3-mini moves beside products, over what fused kernels would, and those that
 the head's loss moves of its logits: on CPUs every operation stands alone. From `bench/elementwise.py`."""
+CPU_LAUNCHES: Mapping[str, float] = {
+    "attention": 55.0,
+    "router": 14.0,
+    "shared": 14.0,
+    "dispatch": 20.0,
+    "experts": 5.0,
+    "expert": 0.0,
+}
+"""A third of the operations of a forward and backward pass, by part; what each expert costs by itself is
+in the measured grouped products. From `bench/elementwise.py`."""
+CPU_OPERATION_US = 6.0
+"""Of one on a core that was not calibrated."""
 
 GRAPHED: Mapping[str, tuple[str, ...]] = {
     "no": (),
@@ -296,9 +321,9 @@ def load_software(name: str) -> Software:
     return GENERATIONS[name]
 
 
-def own_software(moments: Moments = "fp32") -> Software:
-    """This project's runtime, with Adam's moments stored so."""
-    software = load_software("whalepod")
-    if moments == "bf16":
-        return replace(software, state=replace(software.state, moment1=2, moment2=2))
-    return software
+def own_software(optimizer: OptimizerConfig | None = None) -> Software:
+    """This project's runtime, with the moments that an optimiser keeps; None: AdamW's in FP32."""
+    software, config = load_software("whalepod"), optimizer or OptimizerConfig()
+    size = 2 if config.moments == "bf16" else 4
+    moments = {"moment1": size, "moment2": size, "muon": config.name == "muon"}
+    return replace(software, state=replace(software.state, **moments))

@@ -8,7 +8,7 @@ cuts the wide matrices, as `parallel.sharding.TABLE` says, and expert parallelis
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -32,7 +32,8 @@ class StateTypes:
     The default is Megatron's: BF16 weights, FP32 gradient sums, masters and Adam moments.
     shards_weights: with ZeRO 3 shards of the weights lie beside those of the masters; else (FSDP2 over FP32
     parameters) weights are made from the masters as they are gathered. whole_in_pipelines: a pipeline reduces
-    gradients once a step (torch's do), so they lie whole whatever ZeRO's stage.
+    gradients once a step (torch's do), so they lie whole whatever ZeRO's stage. muon: the matrices of blocks
+    have the first moment only (`by_muon`).
     """
 
     weight: float = 2
@@ -42,6 +43,7 @@ class StateTypes:
     moment2: float = 4
     shards_weights: bool = True
     whole_in_pipelines: bool = False
+    muon: bool = False
 
 
 MEGATRON_STATE = StateTypes()
@@ -52,7 +54,7 @@ OWN_STATE = StateTypes(shards_weights=False, whole_in_pipelines=True)
 BF16_STATE = StateTypes(master=0, gradient=2, moment1=2, moment2=2)
 """BF16 throughout, without masters: 8 bytes."""
 
-STATE = ("weights", "gradients", "optimizer", "gathered", "sent", "stays")
+STATE = ("weights", "gradients", "optimizer", "gathered", "passing", "sent", "stays")
 SHARERS = ("plain", "experts")
 Counts = Mapping[str, np.ndarray]
 """How many of each unit a pipeline rank's stages hold, [pp, stages]. Units: blocks (`dense`, `moe`),
@@ -83,8 +85,9 @@ class State:
         return ("dense",) if self.spec.moe is None else ("dense", "moe")
 
     def of(self, counts: Counts, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`weights`, `gradients`, `optimizer` (masters and moments), `gathered`; `sent`: gradients of one
-        block on their way to shards; `stays`: weights that a pipeline's backward pass leaves gathered."""
+        """`weights`, `gradients`, `optimizer` (masters and moments), `gathered`; `passing`: what of that is
+        not there after the last forward pass; `sent`: gradients of one block on their way to shards; `stays`:
+        weights that a pipeline's backward pass leaves gathered."""
         number = self._number(counts)
         c, types = self.candidates, self.types
         zero, fsdp = c.zero[rows, None], c.fsdp[rows, None]
@@ -93,38 +96,52 @@ class State:
         # In FP32 the weights are the masters, unless they are gathered copies of these.
         same = (c.precision[rows] == "fp32")[:, None] & ~made
         whole = (c.pp[rows, None] > 1) & types.whole_in_pipelines
-        moments = types.moment1 + types.moment2
         out = {name: np.zeros((len(rows), len(number["head"]))) for name in STATE}
-        held = self.elements(counts, rows)
+        held, second = self.elements(counts, rows), self.second_moments(counts, rows)
+        blocks: dict[str, np.ndarray] = {}
+        sent: dict[str, np.ndarray] = {}
+        last: np.ndarray | float = 0.0
         for sharer in SHARERS:
             shards, elements = self.shards[sharer][rows, None], held[sharer]
             weights = sum(number[u] * self.bytes[u][sharer][rows, None] for u in number)
             out["weights"] += np.where(zero < 3, weights, np.where(made, 0, weights / shards))
             out["gradients"] += elements * types.gradient / np.where((zero > 1) & ~whole, shards, 1)
-            out["optimizer"] += elements * (np.where(same, 0, types.master) + moments) / shards
-            # Two blocks are whole, one at work and the next on its way, and so are the ends, which are needed
-            # from the first to the last; of gradients one block's, beside what is sent of it.
-            blocks = [k for k in self.block_kinds if number[k].any()]
-            weight, gradient = (
-                np.max([(number[k] > 0) * per[k][sharer][rows, None] for k in blocks], axis=0, initial=0)
-                for per in (self.bytes, self.local)
-            )
+            kept = elements * (np.where(same, 0, types.master) + types.moment1)
+            out["optimizer"] += (kept + second[sharer] * types.moment2) / shards
             ends = sum((number[u] > 0) * self.bytes[u][sharer][rows, None] for u in ("embedding", "head"))
-            gathers = (zero == 3) & ((shards > 1) | made)
-            out["gathered"] += np.where(gathers, 2 * weight + ends, 0)
+            gathers, takes = (zero == 3) & ((shards > 1) | made), (zero > 1) & (shards > 1)
+            out["gathered"] += np.where(gathers, ends, 0)
             out["stays"] += np.where(gathers & whole, weights, 0)
-            sent = gradient * (self.compute[rows, None] + types.gradient)
-            out["sent"] += np.where((zero > 1) & (shards > 1), sent, 0)
+            for kind in self.block_kinds:
+                has = number[kind] > 0
+                weight = has * np.where(gathers, self.bytes[kind][sharer][rows, None], 0)
+                gradient = has * np.where(takes, self.local[kind][sharer][rows, None], 0)
+                blocks[kind] = blocks.get(kind, 0.0) + weight
+                sent[kind] = sent.get(kind, 0.0) + gradient * (self.compute[rows, None] + types.gradient)
+                last = weight if sharer == ("experts" if kind == "moe" else "plain") else last
+        # Two blocks are whole, one at work and the next on its way, and so are the ends, which are needed
+        # from the first to the last; of gradients one block's, beside what is sent of it. After the forward
+        # pass FSDP2 still has the result of its last gather, a block's experts.
+        largest = np.max(list(blocks.values()), axis=0)
+        out["gathered"] += 2 * largest
+        out["passing"] = np.where(whole, 0, 2 * largest - last)
+        out["sent"] = np.max(list(sent.values()), axis=0)
         return out
 
     def elements(self, counts: Counts, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Parameters on each rank before ZeRO shards them, by who shares them."""
+        return self._sum(self.local, counts, rows)
+
+    def second_moments(self, counts: Counts, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Those of them that have a second moment."""
+        return self._sum(self._local(self._by_adamw) if self.types.muon else self.local, counts, rows)
+
+    def _sum(
+        self, local: dict[str, dict[str, Column]], counts: Counts, rows: np.ndarray
+    ) -> dict[str, np.ndarray]:
         number = self._number(counts)
         zeros = np.zeros((len(rows), len(number["head"])))
-        return {
-            sharer: sum((number[u] * self.local[u][sharer][rows, None] for u in number), zeros)
-            for sharer in SHARERS
-        }
+        return {s: sum((number[u] * local[u][s][rows, None] for u in number), zeros) for s in SHARERS}
 
     def dummies(self, counts: Counts, rows: np.ndarray) -> np.ndarray:
         """One gradient in compute precision for each weight shape among a rank's blocks."""
@@ -165,10 +182,13 @@ class State:
     @cached_property
     def local(self) -> dict[str, dict[str, Column]]:
         """Elements on a device before ZeRO shards them: {unit: {plain, experts}}."""
+        return self._local(self._units)
+
+    def _local(self, units: dict[str, Elements]) -> dict[str, dict[str, Column]]:
         c = self.candidates
         return {
             unit: {"plain": e.whole + e.cut / c.tp, "experts": e.experts / (c.ep * c.expert_tp)}
-            for unit, e in self._units.items()
+            for unit, e in units.items()
         }
 
     @cached_property
@@ -184,19 +204,29 @@ class State:
             out[unit] = {"plain": whole + cut / c.tp, "experts": self.local[unit]["experts"] * low}
         return out
 
-    @cached_property
+    @property
     def _units(self) -> dict[str, Elements]:
+        return {unit: split(params) for unit, params in self._params.items()}
+
+    @property
+    def _by_adamw(self) -> dict[str, Elements]:
+        """What Muon leaves to AdamW."""
+        matrices = {unit: by_muon(params).scaled(-1) for unit, params in self._params.items()}
+        return {unit: split(params + matrices[unit]) for unit, params in self._params.items()}
+
+    @cached_property
+    def _params(self) -> dict[str, Params]:
         spec, d = self.spec, self.spec.hidden_size
         table = spec.vocab_size * d
         units = {
-            "embedding": split(Params(embedding=table)),
-            "head": split(Params(head=0 if spec.tie_word_embeddings else table, norms=d)),
-            "joint": split(Params(mtp_proj=2 * d * d, norms=3 * d)),
+            "embedding": Params(embedding=table),
+            "head": Params(head=0 if spec.tie_word_embeddings else table, norms=d),
+            "joint": Params(mtp_proj=2 * d * d, norms=3 * d),
         }
         for kind in self.block_kinds:
             layers = (i for i in range(spec.num_hidden_layers + 1) if spec.is_moe_layer(i) == (kind == "moe"))
             layer = next(layers, None)
-            units[kind] = split(Params() if layer is None else layer_params(spec, layer))
+            units[kind] = Params() if layer is None else layer_params(spec, layer)
         return units
 
     def _number(self, counts: Counts) -> dict[str, np.ndarray]:
@@ -220,6 +250,11 @@ def unit_counts(spec: ModelSpec, layers: Cut) -> Counts:
         "joint": depths * layers.head,
     }
     return counts | {kind: counts[kind] + depths * layers.head}
+
+
+def by_muon(p: Params) -> Params:
+    """The matrices that Muon moves; AdamW has the rest (`train.muon`)."""
+    return replace(p, embedding=0, head=0, norms=0, attn_bias=0, selection_bias=0)
 
 
 def split(p: Params, matrices_only: bool = False) -> Elements:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from whalepod.planner.cut import cut
 from whalepod.planner.routing import reached
-from whalepod.planner.state import split, unit_counts
+from whalepod.planner.state import by_muon, split, unit_counts
 from whalepod.spec.counts import Params, embedding_params, head_params, layer_params
 from whalepod.spec.layout import FP8_BLOCK, GROUPS, Layout
 from whalepod.spec.model import GQA, ModelSpec, MoE
@@ -33,13 +33,17 @@ KEPT_STAGES = 3
 """Stages of a rank that torch's schedules keep gathered."""
 
 
-def step_traffic(spec: ModelSpec, layout: Layout, sequence_length: int, rank: int = 0) -> Bytes:
-    """{axis: {operation: bytes}} of one rank in one training step.
+def step_traffic(
+    spec: ModelSpec, layout: Layout, sequence_length: int, rank: int = 0, muon: bool = False
+) -> Bytes:
+    """{axis: {operation: bytes}} of one rank in one training step. muon: that is the optimiser, not AdamW.
 
     `exchange` auto is two_hop, as it is without DeepEP; the sequence-wise balance loss is taken to be on.
     """
     step = _Step(spec, layout, sequence_length, rank)
     step.count()
+    if muon:
+        step.matrices()
     return {axis: dict(ops) for axis, ops in sorted(step.bytes.items())}
 
 
@@ -257,6 +261,11 @@ class _Step:
     @cached_property
     def pieces(self) -> dict[str, list[_Piece]]:
         """Of each unit."""
+        return {unit: [*self.pieces_of(params)] for unit, params in self.params.items()}
+
+    @cached_property
+    def params(self) -> dict[str, Params]:
+        """What has a gradient, by unit."""
         spec, d = self.spec, self.spec.hidden_size
         units = {
             "embedding": embedding_params(spec),
@@ -265,7 +274,7 @@ class _Step:
         }
         for layer in range(spec.num_hidden_layers + 1):
             units["moe" if spec.is_moe_layer(layer) else "dense"] = layer_params(spec, layer)
-        return {unit: [*self.pieces_of(replace(params, selection_bias=0))] for unit, params in units.items()}
+        return {unit: replace(params, selection_bias=0) for unit, params in units.items()}
 
     def pieces_of(self, params: Params) -> Iterator[_Piece]:
         layout, d, a = self.layout, self.spec.hidden_size, self.spec.attention
@@ -291,11 +300,18 @@ class _Step:
         layout, moe, d = self.layout, self.spec.moe, self.spec.hidden_size
         assert moe is not None
         shards = "expert_shard" if layout.ep > 1 else "fsdp"
-        size, rows = self.size(shards), moe.n_routed_experts // layout.ep
-        # FSDP2 cuts their hidden dimension where their number does not divide.
-        rows = d if rows % size and d % size == 0 else rows
+        rows = d if self.cuts_hidden else moe.n_routed_experts // layout.ep
         sums = ("dp_replicate", "expert_data") if layout.ep > 1 else self.summed(layout.tp > 1)
         return _Piece(elements, rows, shards, *sums)
+
+    @property
+    def cuts_hidden(self) -> bool:
+        """FSDP2 cuts experts' hidden dimension where their number does not divide."""
+        ep, moe = self.layout.ep, self.spec.moe
+        if moe is None:
+            return False
+        size = self.size("expert_shard" if ep > 1 else "fsdp")
+        return moe.n_routed_experts // ep % size > 0 and self.spec.hidden_size % size == 0
 
     @staticmethod
     def summed(cut: bool) -> tuple[str, str]:
@@ -356,6 +372,18 @@ class _Step:
                 times[stage] += stage not in active
             active = set(wanted)
         return times
+
+    def matrices(self) -> None:
+        """Muon's momenta, each summed up whole where a rank has a part of its matrix."""
+        layout = self.layout
+        for unit, count in self.distinct.items():
+            for name, number in by_muon(self.params[unit]).as_dict().items():
+                kind = split(Params(**{name: number}))
+                if kind.experts:
+                    parts = layout.expert_tp > 1 or (layout.fsdp > 1 and self.cuts_hidden)
+                else:
+                    parts = layout.fsdp > 1 or (layout.tp > 1 and kind.cut > 0)
+                self.add("stage", "all_reduce", count * parts * number * FLOAT)
 
     def once(self) -> None:
         """What a step sends besides: the gradient's norm, two losses, and experts' loads."""

@@ -123,9 +123,10 @@ class TrainingTimes:
         )
         overlap = overlap & (pp > 1 and pipeline.schedule in OVERLAPPING)
         slower = 1 + soft.overlap_cost * overlap
-        forward = together(device[F], host[F])
-        inputs = together(device[I] + device[R], host[I] + host[R])
-        weights = together(device[W], host[W])
+        sharpness = self.costs.software.host_sharpness
+        forward = together(device[F], host[F], sharpness)
+        inputs = together(device[I] + device[R], host[I] + host[R], sharpness)
+        weights = together(device[W], host[W], sharpness)
         none = np.zeros_like(forward)
         ep_there, ep_back = moves.get("ep", [none, none])
         ep_back = ep_back + again.get("ep", none)
@@ -175,8 +176,9 @@ class TrainingTimes:
     def balanced(self) -> TrainingTimes:
         """The same with every pipeline's layers spread by time, where nothing says how."""
         c, spec = self.candidates, self.spec
+        sharpness = self.costs.software.host_sharpness
         seconds = {
-            k: together(x.device, x.host).sum(0) + sum(m.sum(0) for m in x.moves.values())
+            k: together(x.device, x.host, sharpness).sum(0) + sum(m.sum(0) for m in x.moves.values())
             for k, x in self.layers.items()
         }
         layers = c.stage_layers.copy()
@@ -213,7 +215,7 @@ class TrainingTimes:
     def message(self) -> np.ndarray:
         """Seconds of a micro-batch's activations from one pipeline rank to the next."""
         c = self.candidates
-        sent = self.costs.shard * self.spec.hidden_size * 2.0
+        sent = self.costs.shard * self.spec.hidden_size * self.costs.b
         return self.costs.network.send(sent, c.devices // c.pp >= self.cluster.domain)
 
     @cached_property

@@ -31,6 +31,7 @@ PART_LABELS = {
     "shared": "shared experts",
     "dense": "dense MLPs",
     "permute": "sorting tokens by expert",
+    "gradients": "adding up gradients",
     "quantize": "quantising",
     "launching": "waiting for launches",
 }

@@ -115,7 +115,8 @@ class Served:
 class Measured:
     """peak_tflops, peak_gb_s: the profile's own when it was written; shares of the peaks are of these.
     stream: elementwise passes, counted as read and written once; gather: rows picked by index; optimizer:
-    fused AdamW in FP32. dispatch_us: of one small operation, in microseconds."""
+    fused AdamW in FP32. Microseconds of small operations: dispatch_us of one alone, operation_us of one of a
+    training step, with what Python and autograd do around it (None in profiles of before)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -133,6 +134,7 @@ class Measured:
     attention: Annotated[tuple[Attended, ...], _FEW] = ()
     collectives: Annotated[tuple[Collective, ...], _FEW] = ()
     quick: Annotated[bool, Field(strict=True)] = False
+    operation_us: _Positive | None = None
     served: Served | None = None
 
 

@@ -271,7 +271,7 @@ class Trainer:
         found = predict(
             *(self.spec, self.layout, self.config.data.sequence_length, self.mesh.device),
             threads=torch.get_num_threads(),
-            moments=self.config.optimizer.moments,
+            optimizer=self.config.optimizer,
         )
         if found is not None:
             (self.folder / "prediction.json").write_text(json.dumps(asdict(found), indent=1))

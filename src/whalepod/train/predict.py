@@ -21,7 +21,7 @@ from whalepod.spec.counts import GIB
 from whalepod.spec.hardware import Cluster
 from whalepod.spec.layout import Layout
 from whalepod.spec.model import ModelSpec
-from whalepod.spec.run import Moments
+from whalepod.spec.run import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ def predict(
     sequence_length: int,
     device: torch.device,
     threads: int = 1,
-    moments: Moments = "fp32",
+    optimizer: OptimizerConfig | None = None,
 ) -> Prediction | None:
     """The planner's figures for `layout` on devices like this one; None of one that no profile describes.
 
-    threads: of each worker on a CPU, whose profile is of one thread. moments: how the optimiser stores them.
+    threads: of each worker on a CPU, whose profile is of one thread. optimizer: None is the default one.
     """
     gpu = here(device)
     if gpu is None:
@@ -66,7 +66,7 @@ def predict(
     local = int(os.environ.get("LOCAL_WORLD_SIZE", layout.num_devices))
     cluster = Cluster(gpu, layout.num_devices, min(local, layout.num_devices))
     job = TrainingJob(
-        *(spec, cluster, own_software(moments), layout.global_batch, sequence_length, layout.precision),
+        *(spec, cluster, own_software(optimizer), layout.global_batch, sequence_length, layout.precision),
         mtp=spec.num_nextn_predict_layers > 0,
     )
     plan = time_run(job, layout)
@@ -78,7 +78,8 @@ def predict(
         memory_gib=plan.memory_allocated_gib,
         state_gib=_state_gib(spec, layout, job, sequence_length),
         bytes_by_axis={
-            axis: sum(ops.values()) for axis, ops in step_traffic(spec, layout, sequence_length).items()
+            axis: sum(ops.values())
+            for axis, ops in step_traffic(spec, layout, sequence_length, muon=job.software.state.muon).items()
         },
     )
 
