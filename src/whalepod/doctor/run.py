@@ -181,9 +181,9 @@ def _needs(config: RunConfig, layout: Layout, device: torch.device) -> Needs:
     """What the job takes of each rank and of the disk."""
     spec = config.model_spec()
     layout.check_model(spec, config.data.sequence_length)
-    length, moments = config.data.sequence_length, config.optimizer.moments
-    planned = None if config.lora.r else predict(spec, layout, length, device, moments=moments)
-    size = 0.0 if config.lora.r else state_bytes(spec, own_software(moments).state)
+    length, optimizer = config.data.sequence_length, config.optimizer
+    planned = None if config.lora.r else predict(spec, layout, length, device, optimizer=optimizer)
+    size = 0.0 if config.lora.r else state_bytes(spec, own_software(optimizer).state)
     return Needs(
         memory_gib=None if planned is None else planned.memory_gib,
         checkpoint_gib=size / 2**30,

@@ -116,7 +116,7 @@ Parts = tuple[Expectation, dict[str, str], str, list[str]]
 
 
 def _train(job: Job, engine: str, out: Path) -> Parts:
-    software: Software = own_software(job.config.optimizer.moments)
+    software: Software = own_software(job.config.optimizer)
     if engine == "megatron":
         megatron.recipe(job)
         megatron.check(job.layout)
