@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-STRIP = 128  # queries, of every head that shares its keys
+STRIP = 128  # queries, of every head that shares its keys; a quarter of a short sequence's
 SCRATCH = 1 << 20  # scores at a time, as long as one head's strip is not more
 
 _library = torch.library.Library("whalepod", "FRAGMENT")
@@ -95,7 +95,7 @@ def _backward(
     dots = (grads * work.rows(out)).sum(-1, keepdim=True)
     found = _results(q, k, v)
     grad_q = work.rows_view(found[0])
-    grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
+    grad_k, grad_v = (work.keys(x).zero_() for x in found[1:])  # in FP32 they are the results
     with _products(q.dtype):
         for heads, strip, seen in work.strips():
             shares = work.scores(queries, keys, heads, strip, seen)
@@ -109,7 +109,8 @@ def _backward(
                 torch.bmm(change, keys[heads, seen]).mul_(scale).unflatten(1, work.shape)
             )
     for low, high in zip(found[1:], (grad_k, grad_v), strict=True):
-        low.copy_(high.view_as(low))
+        if low.dtype != high.dtype:
+            low.copy_(high.view_as(low))
     return found
 
 
@@ -138,8 +139,9 @@ class _Work:
 
     def strips(self) -> Iterator[tuple[slice, slice, slice]]:
         """Heads, queries and the keys that these may see, one strip after the other."""
-        for start in range(0, self.queries, STRIP):
-            strip = slice(start, min(start + STRIP, self.queries))
+        height = min(STRIP, -(-self.queries // 4))
+        for start in range(0, self.queries, height):
+            strip = slice(start, min(start + height, self.queries))
             rows = self.group * (strip.stop - strip.start)
             for first, last, seen in self._seen(strip):
                 step = max(1, SCRATCH // (rows * (seen.stop - seen.start)))
