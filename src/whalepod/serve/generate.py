@@ -15,10 +15,10 @@ from whalepod.parallel import trained
 from whalepod.parallel.inference import whole
 from whalepod.parallel.mesh import make_mesh
 from whalepod.parallel.weights import build_model
+from whalepod.serve import native
 from whalepod.serve.core import PAGE_SIZE, CoreConfig
 from whalepod.serve.engine import Engine
 from whalepod.serve.fleet import Fleet
-from whalepod.serve.packed import pack, packs_here
 from whalepod.serve.request import Request, Sampling
 from whalepod.spec.counts import weight_bytes
 from whalepod.spec.errors import UserError
@@ -45,7 +45,7 @@ class Generated:
 def load_model(path: str | Path, dtype: str = "auto", device: str = "auto") -> tuple[Transformer, Tokenizer]:
     """Model (evaluation mode) and tokenizer of a run's folder or a Hugging Face folder.
 
-    dtype: `bf16`, `fp32`, or `auto` (`usual_dtype`). BF16 is packed where that helps (`packed.py`).
+    dtype: `bf16`, `fp32`, or `auto` (`usual_dtype`). On a CPU it decodes natively (`native.py`).
     """
     path = Path(path)
     if not path.is_dir():
@@ -63,16 +63,17 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "auto") -> t
     else:
         model = build_model(path, dtype=_DTYPES[dtype], device=kind)
     model.eval().requires_grad_(False)
-    if dtype == "bf16" and kind == "cpu" and packs_here():
-        pack(model)
+    if kind == "cpu":
+        native.use(model)
     return model, load_tokenizer(path)
 
 
 def usual_dtype(spec: ModelSpec, kind: str) -> str:
     """Of weights on a device of that kind: BF16, but FP32 on CPUs without products in BF16, unless the
     weights would fill more than half of the free memory."""
-    room = 4 * weight_bytes(spec) <= main_memory("MemAvailable")
-    return "fp32" if kind == "cpu" and room and not packs_here() else "bf16"
+    if kind != "cpu" or native.multiplies_bf16() or native.library() is not None:
+        return "bf16"
+    return "fp32" if 4 * weight_bytes(spec) <= main_memory("MemAvailable") else "bf16"
 
 
 def generate_ids(

@@ -81,7 +81,14 @@ class PagedCache:
         mask = torch.arange(width * self.page_size) <= torch.tensor(last).unsqueeze(-1)
         out = [i * count + count - s.count + j for i, s in enumerate(spans) for j in range(s.count)]
         rows = [s.first + j for s in spans for j in range(s.count)]
-        tensors = (table, torch.tensor(index), mask.unsqueeze(1), torch.tensor(out), torch.tensor(rows))
+        owners = [i for i, s in enumerate(spans) for _ in range(s.count)]
+        seen = [p for s in spans for p in range(s.start, s.end)]
+        tensors = (
+            table,
+            torch.tensor(index),
+            mask.unsqueeze(1),
+            *map(torch.tensor, (out, rows, owners, seen)),
+        )
         return _Few(spans, *(t.to(self.device) for t in tensors))
 
 
@@ -107,6 +114,8 @@ class _Few(NamedTuple):
     mask: Tensor  # [R, 1, Q, L], True where it may look
     out: Tensor  # of the R x Q results those that count
     rows: Tensor  # and where they go
+    owners: Tensor  # of each token its run,
+    last: Tensor  # and its position, up to which it may look
 
     def rows_of(self, rows: Tensor) -> Tensor:
         """[R, pages, page_size, width]."""
@@ -126,14 +135,19 @@ def _rows(rows: Tensor, pages: list[int], index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """Attention of one step; `attend` is the models' seam, with q [1, T, H, width] and kv [1, T, width]."""
+    """Attention of one step, the models' seam `attend`: q [1, T, H, width] and kv [1, T, width]."""
 
     cache: PagedCache
     slots: Tensor
     long: list[tuple[_Span, Tensor]]
     few: _Few | None
 
-    def attend(self, attention: Attention, q: Tensor, kv: Tensor) -> Tensor:
+    @property
+    def only_few(self) -> bool:
+        """Whether every run is one of those that write."""
+        return self.few is not None and not self.long
+
+    def __call__(self, attention: Attention, q: Tensor, kv: Tensor) -> Tensor:
         rows, num_tokens = self.cache.rows[attention.layer], len(self.slots)
         rows.flatten(0, 1)[self.slots] = kv[0, :num_tokens]
         parts: list[tuple[Tensor | slice, Tensor]] = []

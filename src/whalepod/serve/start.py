@@ -27,12 +27,12 @@ from whalepod.parallel.mesh import Mesh, local_device, open_mesh
 from whalepod.parallel.parallelize import DTYPES
 from whalepod.parallel.trained import Trained, is_run
 from whalepod.parallel.weights_initial import StoredWeights
+from whalepod.serve import native
 from whalepod.serve.core import PAGE_SIZE, CoreConfig
 from whalepod.serve.engine import Engine
 from whalepod.serve.fleet import Fleet
 from whalepod.serve.generate import load_model, usual_dtype
 from whalepod.serve.grammar import Grammars
-from whalepod.serve.packed import pack, packs_here
 from whalepod.serve.paged import token_bytes
 from whalepod.spec.counts import GIB, params
 from whalepod.spec.errors import UserError
@@ -193,9 +193,9 @@ def _load(config: EngineConfig, spec: ModelSpec, mesh: Mesh) -> Inference:
     path = Path(config.path)
     stored = Trained(path, spec) if is_run(path) else StoredWeights(path, spec)
     inference = spread(spec, mesh, DTYPES[config.dtype], stored)
-    if config.dtype == "bf16" and mesh.device.type == "cpu" and packs_here():
+    if mesh.device.type == "cpu":
         for part in inference.stages.values():
-            pack(part)
+            native.use(part)
     return inference
 
 
