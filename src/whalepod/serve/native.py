@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whalepod.models.attention import Attend, MLAttention, Tables
+from whalepod.models.attention import Attend, Attention, MLAttention, Tables
 from whalepod.models.mlp import SwiGLU
 from whalepod.models.moe import GroupedExperts, LocalDispatcher, MoELayer, Rows
 from whalepod.models.transformer import Transformer
 from whalepod.parallel.native import Library, Unavailable
-from whalepod.serve.paged import Step
+from whalepod.precision.storage import FP8Linear, FP8Storage, storage_names
+from whalepod.serve.paged import Step, multiplies_bf16
 
 log = logging.getLogger(__name__)
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
@@ -45,6 +46,7 @@ class _Weight(Structure):
         ("kind", c_int64),
         ("rows", c_int64),
         ("cols", c_int64),
+        ("block", c_int64),
     ]
 
 
@@ -99,36 +101,34 @@ def _call(name: str, *args: Any) -> None:
     getattr(library(), f"whalepod_{name}")(*(as_c.get(type(a), lambda a: a)(a) for a in args))
 
 
-@cache
-def multiplies_bf16() -> bool:
-    """Whether this machine's CPU multiplies BF16 by itself, and torch was built with oneDNN."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def use(model: nn.Module) -> None:
     """Puts native products into a model on a CPU that is to be read only, in place, and native steps where
     nothing of it is split; nothing where they cannot be had."""
     if library() is None:
         return
     for module in list(model.modules()):
-        if type(module) is nn.Linear and module.weight.is_contiguous():
-            module.__class__ = NativeLinear  # hooks and attributes stay
-            module.held = _weight(module.weight)  # type: ignore[assignment]
-        elif type(module) is GroupedExperts:
-            module.__class__ = NativeExperts
-            module.held = _experts(module)  # type: ignore[assignment]
+        base: Any = type(module)
+        if base in (nn.Linear, FP8Linear):
+            module.__class__ = _native(NativeLinear, base)  # hooks and attributes stay
+            module.held = _weight(*_stored(module, "weight"))  # type: ignore[assignment]
+        elif isinstance(module, Attention) and not multiplies_bf16():
+            module.compute_dtype = torch.float32  # a hundred times as fast there
+        elif isinstance(module, GroupedExperts) and not isinstance(module, NativeExperts):
+            module.__class__ = _native(NativeExperts, base)
+            module.held = _experts(module)
     if isinstance(model, Transformer) and _is_whole(model):
         model._blocks = partial(_blocks, model, Decoder(model))  # type: ignore[method-assign]
 
 
-class NativeLinear(nn.Linear):
-    """x [..., in] -> [..., out]."""
+class NativeLinear(nn.Module):
+    """Before `nn.Linear`, or one of a byte: x [..., in] -> [..., out]."""
 
     held: _Weight
+    bias: Any
 
     def forward(self, x: Tensor) -> Tensor:
-        count = x.numel() // self.in_features
-        if _is_torchs(x, count):
+        count = x.numel() // self.held.cols
+        if _is_torchs(self, x, count):
             return super().forward(x)
         x, out = x.contiguous(), x.new_empty(*x.shape[:-1], self.held.rows)
         library().whalepod_linear(
@@ -141,14 +141,14 @@ class NativeLinear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
-class NativeExperts(GroupedExperts):
-    """Rows of all experts that are here, each times its own weights."""
+class NativeExperts(nn.Module):
+    """Before `GroupedExperts`: rows of all experts that are here, each times its own weights."""
 
     held: Any
 
     def forward(self, rows: Rows) -> Tensor:
         count = len(rows.x_ND)
-        if _is_torchs(rows.x_ND, count // len(self.held)):
+        if _is_torchs(self, rows.x_ND, count // len(self.held)):
             return super().forward(rows)
         x, weights = rows.x_ND.contiguous(), rows.weights_N.float().contiguous()
         ends, out = rows.ends_E.to(torch.int32).contiguous(), torch.empty_like(x)
@@ -156,24 +156,50 @@ class NativeExperts(GroupedExperts):
         return out
 
 
-def _is_torchs(x: Tensor, count: int) -> bool:
-    return not count or (count >= MANY and x.dtype == torch.bfloat16 and multiplies_bf16())
+@cache
+def _native(mixin: type[nn.Module], base: type[nn.Module]) -> Any:
+    return type(f"Native{base.__name__}", (mixin, base), {})
 
 
-def _weight(weight: Any) -> _Weight:
-    assert weight.is_contiguous()
-    return _Weight(weight.data_ptr(), None, KINDS[weight.dtype], weight[..., 0].numel(), weight.shape[-1])
+def _is_torchs(module: nn.Module, x: Tensor, count: int) -> bool:
+    large = count >= MANY and x.dtype == torch.bfloat16 and not isinstance(module, FP8Storage)
+    return not count or (large and multiplies_bf16())
+
+
+def _stored(module: Any, name: str) -> tuple[Any, Any]:
+    """A weight as it is in memory, and the scales of one of a byte."""
+    if isinstance(module, FP8Storage):
+        return tuple(module.get_parameter(each).data for each in storage_names(name))  # type: ignore[return-value]
+    return module.get_parameter(name).data, None
+
+
+def _weight(values: Tensor, scale: Tensor | None = None) -> _Weight:
+    assert values.is_contiguous()
+    rows, cols = values[..., 0].numel(), values.shape[-1]
+    if scale is None:
+        return _Weight(values.data_ptr(), None, KINDS[values.dtype], rows, cols, 1)
+    # Blocks are of one row, or of 128, of which the last may be cut short.
+    block = 1 if scale.shape[-2] == values.shape[-2] else 128
+    return _Weight(values.data_ptr(), scale.data_ptr(), KINDS[values.dtype], rows, cols, block)
 
 
 def _experts(module: GroupedExperts) -> Any:
-    each = zip(module.gate_up, module.down, strict=True)
-    return (_Mlp * len(module.down))(
-        *(_Mlp(_weight(up[0]), _weight(up[1]), _weight(down)) for up, down in each)
-    )
+    (up, up_scale), (down, down_scale) = _stored(module, "gate_up"), _stored(module, "down")
+
+    def part(values: Tensor, scale: Tensor | None, *index: int) -> _Weight:
+        return _weight(values[index], None if scale is None else scale[index])
+
+    each = range(len(down))
+    mlps = (_Mlp(*(part(up, up_scale, e, i) for i in (0, 1)), part(down, down_scale, e)) for e in each)
+    return (_Mlp * len(down))(*mlps)
 
 
 def _dense(module: SwiGLU) -> _Mlp:
-    return _Mlp(*(_weight(m.weight) for m in (module.gate_proj, module.up_proj, module.down_proj)))
+    return _Mlp(*(_held(m) for m in (module.gate_proj, module.up_proj, module.down_proj)))
+
+
+def _held(module: Any) -> _Weight:
+    return module.held
 
 
 def _layers(part: Transformer) -> list[Any]:
@@ -188,7 +214,8 @@ def _is_whole(part: Transformer) -> bool:
     return all(
         isinstance(layer.self_attn, MLAttention)
         and not (isinstance(layer.mlp, MoELayer) and type(layer.mlp.dispatcher) is not LocalDispatcher)
-        and all(type(m) is not nn.Linear and not has_moves(m) for m in layer.modules())
+        and not any(has_moves(m) for m in layer.modules())
+        and all(isinstance(m, NativeLinear) for m in layer.modules() if isinstance(m, nn.Linear))
         for layer in _layers(part)
     )
 
@@ -227,34 +254,35 @@ class Decoder:
         attention, mlp = block.self_attn, block.mlp
         out = _Layer()
         if attention.config.q_lora_rank is None:
-            out.q = _weight(attention.q_proj.weight)
+            out.q = _held(attention.q_proj)
         else:
-            out.q_a, out.q = _weight(attention.q_a_proj.weight), _weight(attention.q_b_proj.weight)
+            out.q_a, out.q = _held(attention.q_a_proj), _held(attention.q_b_proj)
             out.q_norm = self._floats(attention.q_a_layernorm.weight)
-        out.kv_a = _weight(attention.kv_a_proj_with_mqa.weight)
-        out.uk, out.uv = (_weight(w) for w in self._kept_up_projection(attention))
-        out.o = _weight(attention.o_proj.weight)
+        out.kv_a = _held(attention.kv_a_proj_with_mqa)
+        out.uk, out.uv = _weight(self._turned(attention)), _held(attention.kv_b_proj)
+        out.o = _held(attention.o_proj)
         out.input_norm = self._floats(block.input_layernorm.weight)
         out.kv_norm = self._floats(attention.kv_a_layernorm.weight)
         out.post_norm = self._floats(block.post_attention_layernorm.weight)
         if isinstance(mlp, MoELayer):
-            out.router = _weight(mlp.gate.weight)
+            out.router = _weight(mlp.gate.weight.data)
             bias = mlp.gate.e_score_correction_bias
             out.bias = None if bias is None else self._floats(bias)
-            out.mlps, out.num_mlps = mlp.experts.held, len(mlp.experts.held)
+            experts: Any = mlp.experts
+            out.mlps, out.num_mlps = experts.held, len(experts.held)
             if mlp.shared_experts is not None:
                 out.shared = _dense(mlp.shared_experts)
         else:
             out.mlps, out.num_mlps = (_Mlp * 1)(_dense(mlp)), 1
         return out
 
-    def _kept_up_projection(self, attention: MLAttention) -> tuple[Tensor, Tensor]:
-        """W_UK turned to [H, C, N], which the modules then use as well, and all of kv_b_proj."""
+    def _turned(self, attention: MLAttention) -> Tensor:
+        """W_UK as [H, C, N], which the modules then use as well."""
         w_uk, w_uv = attention.up_projection()
         turned = w_uk.transpose(1, 2).contiguous()
         attention._split = (turned.transpose(1, 2), w_uv)
         self._kept.append(turned)
-        return turned, attention.kv_b_proj.weight
+        return turned
 
     def _floats(self, tensor: Tensor) -> int:
         self._kept.append(tensor.detach().float().contiguous())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,12 @@ from whalepod.spec.model import ModelSpec
 
 FEW = 4
 """Tokens of a run up to which it is put together with others."""
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this machine's CPU multiplies BF16 by itself, and torch was built with oneDNN."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def token_bytes(spec: ModelSpec, dtype: torch.dtype, mtp: bool = False) -> int:
@@ -151,20 +158,21 @@ class Step:
         rows, num_tokens = self.cache.rows[attention.layer], len(self.slots)
         rows.flatten(0, 1)[self.slots] = kv[0, :num_tokens]
         parts: list[tuple[Tensor | slice, Tensor]] = []
+        dtype, q = q.dtype, q.to(attention.compute_dtype or q.dtype)
         for span, pages in self.long:
-            seen = _rows(rows, span.pages, pages).flatten(0, 1)[: span.end].unsqueeze(0)
+            seen = _rows(rows, span.pages, pages).flatten(0, 1)[: span.end].unsqueeze(0).to(q.dtype)
             part = slice(span.first, span.first + span.count)
             form = attention.absorbed if attention.prefers_absorbed(span.count) else attention.expanded
             parts.append((part, form(q[:, part], seen, None)[0]))
         if self.few is not None:
             few = self.few
-            seen = few.rows_of(rows).flatten(1, 2)
+            seen = few.rows_of(rows).flatten(1, 2).to(q.dtype)
             found = attention.absorbed(q[0][few.index_RQ], seen, few.mask)
             parts.append((few.rows, found.flatten(0, 1)[few.out]))
         if len(parts) == 1 and len(parts[0][1]) == q.shape[1] and isinstance(parts[0][0], slice):
-            return parts[0][1].unsqueeze(0)
+            return parts[0][1].unsqueeze(0).to(dtype)
         # Zeros: tokens may stand behind the runs that are nobody's and only make parts equal.
         out = q.new_zeros(1, q.shape[1], q.shape[2] * attention.value_width)
         for place, values in parts:
             out[0, place] = values
-        return out
+        return out.to(dtype)

@@ -64,7 +64,7 @@ void rotate(const float* x, const float* cos, const float* sin, int64_t half, bo
 }
 
 void read(const void* in, int64_t kind, int64_t count, float* out) {
-  widen_row(Weight{in, nullptr, kind, 1, count}, 0, out);
+  widen_row(Weight{in, nullptr, kind, 1, count, 1}, 0, out);
 }
 
 void write(const float* in, int64_t kind, int64_t count, void* out) {
@@ -90,7 +90,7 @@ void attend(const Layer& layer, const Shape& shape, const Step& step, int64_t to
     const int64_t rows = (seen + 7) / 8 * 8;
     const char* data = static_cast<const char*>(layer.cache) +
                        step.table[step.owners[token] * step.pages + page] * size * width * bytes;
-    const Weight cache{data, nullptr, step.kind, size, width};
+    const Weight cache{data, nullptr, step.kind, size, width, 1};
     for (int64_t row = 0; row < seen; ++row) widen_row(cache, row, wide + row * k);
     for (int64_t row = 0; row < rows; row += kFew)
       times_few(wide + row * k, k, q, width, heads, scores + row, full, kFew);

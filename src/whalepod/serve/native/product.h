@@ -16,8 +16,8 @@ enum Kind : int64_t { kF32, kBF16, kInt8, kE4M3 };
 
 struct Weight {  // [rows, cols], contiguous
   const void* data = nullptr;
-  const float* scale = nullptr;  // int8: of each row; E4M3: of each block of 128 x 128; else none
-  int64_t kind = kF32, rows = 0, cols = 0;
+  const float* scale = nullptr;  // of int8 and E4M3: of each block of `block` x 128
+  int64_t kind = kF32, rows = 0, cols = 0, block = 1;
 };
 
 #ifdef __AVX512F__
@@ -28,7 +28,7 @@ constexpr int64_t kLanes = 8, kMost = 3;
 constexpr int64_t kFew = 4;     // rows of a weight at once
 constexpr int64_t kChunk = 32;  // rows of a weight that one thread takes
 constexpr int64_t kPanel = 66;  // rows of x that stay in the second cache
-constexpr int64_t kBlock = 128;
+constexpr int64_t kTile = 128;  // columns that share a scale
 
 using Lanes = float __attribute__((vector_size(4 * kLanes)));
 
@@ -56,17 +56,18 @@ inline void widen_row(const Weight& w, int64_t row, float* out) {
   } else if (w.kind == kBF16) {
     const uint16_t* in = static_cast<const uint16_t*>(w.data) + row * n;
     for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(in[i]);
-  } else if (w.kind == kInt8) {
-    const int8_t* in = static_cast<const int8_t*>(w.data) + row * n;
-    const float scale = w.scale[row];
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(in[i]) * scale;
   } else {
     const uint8_t* in = static_cast<const uint8_t*>(w.data) + row * n;
-    const float* scales = w.scale + row / kBlock * ((n + kBlock - 1) / kBlock);
-    for (int64_t first = 0; first < n; first += kBlock) {
-      // The upper bits of an FP32 number but for 2^120, the difference of their exponents' biases.
-      const float scale = scales[first / kBlock];
-      for (int64_t i = first; i < std::min(n, first + kBlock); ++i) {
+    const float* scales = w.scale + row / w.block * ((n + kTile - 1) / kTile);
+    for (int64_t first = 0; first < n; first += kTile) {
+      const int64_t last = std::min(n, first + kTile);
+      const float scale = scales[first / kTile];
+      if (w.kind == kInt8) {
+        for (int64_t i = first; i < last; ++i) out[i] = static_cast<float>(static_cast<int8_t>(in[i])) * scale;
+        continue;
+      }
+      for (int64_t i = first; i < last; ++i) {
+        // The upper bits of an FP32 number but for 2^120, the difference of their exponents' biases.
         const uint32_t bits = (in[i] & 0x80u) << 24 | (in[i] & 0x7fu) << 20;
         float value;
         std::memcpy(&value, &bits, 4);
