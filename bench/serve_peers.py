@@ -111,9 +111,9 @@ script.main()
 
 
 def write_tokenizer(folder: Path) -> None:
-    """256 bytes, for a converter that wants to see one."""
+    """256 bytes and one pair, for a converter that wants to see some."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "ab"])}, [("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.save(str(folder / "tokenizer.json"))
