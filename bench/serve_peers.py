@@ -1,19 +1,28 @@
-"""Serving speed: whalepod's engine beside `transformers`' generate, one model in Hugging Face form,
-interleaved.
+"""Serving speed: whalepod's engine beside `transformers`' generate and llama.cpp, one model in Hugging Face
+form, interleaved.
 
     python bench/serve_peers.py [--rounds 3] [--threads 2] [--batches 1 8 32] [--prompt 512] [--new 128]
+                                [--llama PATH] [--peers transformers] [--dtype bf16]
 
 The model has DeepSeek-V3's architecture with its true latent (rank 512 and 64 rotary) and 693M parameters,
 random weights, BF16. A round reads in and continues a batch of prompts with each; prefill ends with the first
 token of the last sequence, decode is what comes after. Greedy, no EOS. Beside batch 1 stands the limit of
 memory: the weights that a token reads over the speed at which this machine reads. Prints medians and ratios
 within rounds, writes results/serve_peers.json.
+
+--llama: a source tree of llama.cpp in which `llama-batched-bench` was built under build/bin. The same weights
+are converted to a GGUF file in BF16 by its own script; its bench draws its own random tokens, of the same
+numbers. --dtype: of whalepod's weights alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,13 +32,13 @@ from typing import Any
 import torch
 import transformers
 from record import save
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from whalepod.parallel.inference import whole
 from whalepod.parallel.mesh import make_mesh
-from whalepod.parallel.weights import build_model
 from whalepod.serve.core import PAGE_SIZE, CoreConfig
 from whalepod.serve.fleet import Fleet
-from whalepod.serve.packed import pack, packs_here
+from whalepod.serve.generate import load_model
 from whalepod.serve.request import Request
 from whalepod.spec.counts import active_params, params
 from whalepod.spec.layout import Layout
@@ -47,10 +56,8 @@ Arm = Callable[[list[list[int]], int], tuple[float, float]]
 """Prompts and new tokens of each -> seconds of prefill and of decode."""
 
 
-def whalepod_arm(folder: Path) -> Arm:
-    model = build_model(folder, torch.bfloat16).requires_grad_(False)
-    if packs_here():
-        pack(model)
+def whalepod_arm(folder: Path, dtype: str) -> Arm:
+    model = load_model(folder, dtype, "cpu")[0]
     inference = whole(model, make_mesh(Layout(), torch.device("cpu")))
 
     def run(prompts: list[list[int]], new: int) -> tuple[float, float]:
@@ -92,6 +99,60 @@ def transformers_arm(folder: Path) -> Arm:
     return run
 
 
+CONVERT = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
+import convert_hf_to_gguf as script
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"  # it knows those of published models only
+sys.argv[1:] = sys.argv[2:]
+script.main()
+"""
+
+
+def write_tokenizer(folder: Path) -> None:
+    """256 bytes and one pair, for a converter that wants to see some."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "ab"])}, [("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def llama_arm(tree: Path, folder: Path, threads: int) -> Arm:
+    model = folder / "model-bf16.gguf"
+    convert = [
+        sys.executable,
+        "-c",
+        CONVERT,
+        str(tree),
+        str(folder),
+        "--outtype",
+        "bf16",
+        "--outfile",
+        str(model),
+    ]
+    subprocess.run(convert, check=True, stdout=subprocess.DEVNULL)
+
+    def run(prompts: list[list[int]], new: int) -> tuple[float, float]:
+        batch, length = len(prompts), len(prompts[0])
+        options = {
+            "-m": model, "-t": threads, "-tb": threads, "-npp": length, "-ntg": new - 1, "-npl": batch,
+            "-c": batch * (length + new), "-fa": "auto", "--output-format": "jsonl",
+        }  # fmt: skip
+        command = [
+            tree / "build/bin/llama-batched-bench",
+            *(word for pair in options.items() for word in pair),
+        ]
+        done = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True)
+        found = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+        return found["t_pp"], found["t_tg"]
+
+    return run
+
+
 def read_gb_s() -> float:
     """How fast memory is read: the best of some sums over 1 GiB."""
     data, best = torch.zeros(1 << 27, dtype=torch.int64), float("inf")
@@ -110,15 +171,30 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--llama", type=Path, help="source tree of llama.cpp with llama-batched-bench built")
+    parser.add_argument("--peers", nargs="*", default=["transformers"], choices=["transformers"])
+    parser.add_argument("--dtype", default="bf16", help="of whalepod's weights")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**CONFIG))
-        model.to(torch.bfloat16).save_pretrained(folder)
-        del model
-        spec = read_config(Path(folder))
-        arms = {"whalepod": whalepod_arm(Path(folder)), "transformers": transformers_arm(Path(folder))}
+    folder = Path(tempfile.mkdtemp())
+    try:
+        measure(folder, asked)
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(folder: Path, asked: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**CONFIG))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    del model
+    write_tokenizer(folder)
+    spec = read_config(folder)
+    arms = {"whalepod": whalepod_arm(folder, asked.dtype)}
+    if "transformers" in asked.peers:
+        arms["transformers"] = transformers_arm(folder)
+    if asked.llama is not None:
+        arms["llama.cpp"] = llama_arm(asked.llama, folder, asked.threads)
     read = read_gb_s()
     limit = read * 1e9 / (2 * active_params(spec))
     print(
@@ -156,7 +232,16 @@ def main() -> None:
                 f"{last['whalepod_over_it_prefill']:.2f} and {last['whalepod_over_it_decode']:.2f} times it",
                 flush=True,
             )
-    save(OUT, {"threads": asked.threads, "read_gb_s": read, "limit_tokens_per_s": limit, "rows": rows})
+    save(
+        OUT,
+        {
+            "threads": asked.threads,
+            "dtype": asked.dtype,
+            "read_gb_s": read,
+            "limit_tokens_per_s": limit,
+            "rows": rows,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def test_fp8_with_mtp_round_trip(scale_fmt: str, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "source", config, source, num_shards=2)
     model = build_model(folder, "keep")
     experts = model.layers[1].mlp.experts
-    assert experts.gate_up_fp8.dtype == FP8
+    assert experts.gate_up_stored.dtype == FP8
     assert experts.gate_up.dtype == torch.bfloat16
     for format in ("keep", "fp8"):
         save_weights(model, tmp_path / format, format, max_shard_bytes=200_000)
@@ -317,7 +317,7 @@ def test_table_is_the_models(fp8: bool) -> None:
     biases = sum(prod(shape) for name, (shape, _) in expected.items() if "correction_bias" in name)
     assert sum(prod(shape) for shape, _ in expected.values()) == num_elements + copies + biases
     use_fp8_storage(model)
-    num_stored = sum(p.numel() for n, p in model.named_parameters() if n.endswith("_fp8"))
+    num_stored = sum(p.numel() for n, p in model.named_parameters() if n.endswith("_stored"))
     assert sum(prod(shape) for shape, quantised in expected.values() if quantised) == num_stored
 
 

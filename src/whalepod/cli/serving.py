@@ -44,7 +44,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this joint probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bf16, fp32, fp8 or int8.")] = "auto",
     tp: ServeTp = 1,
     pp: ServePp = 1,
     dp: ServeDp = 1,
@@ -107,7 +107,7 @@ def serve(
         list[str] | None,
         typer.Option(help="Clients must send one of these.", envvar="WHALEPOD_API_KEY", show_default=False),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bf16, fp32, fp8 or int8.")] = "auto",
     tp: ServeTp = 1,
     pp: ServePp = 1,
     dp: ServeDp = 1,
@@ -151,7 +151,7 @@ def bench_serve(
     api_key: Annotated[
         str | None, typer.Option(help="For the URL.", envvar="WHALEPOD_API_KEY", show_default=False)
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bf16, fp32, fp8 or int8.")] = "auto",
     tp: ServeTp = 1,
     pp: ServePp = 1,
     dp: ServeDp = 1,

@@ -282,6 +282,6 @@ def one_pass(inference: Inference, cache: PagedCache, runs: Sequence[Run]) -> No
     """A step up to the logits; tokens and positions do not matter to what it takes."""
     tokens = torch.zeros(sum(run.end - run.start for run in runs), dtype=torch.int64)
     positions = torch.zeros_like(tokens)
-    hidden = inference.hidden(tokens, positions, cache.step(runs).attend)
+    hidden = inference.hidden(tokens, positions, cache.step(runs))
     last = torch.zeros(len(runs), dtype=torch.int64)
     inference.logits(hidden, last)

@@ -71,6 +71,8 @@ class Attention(nn.Module):
     layer: int
     core: Core = staticmethod(fused)
     """What attends: `choose_core` puts another in its place."""
+    compute_dtype: torch.dtype | None = None
+    """In which a cache should attend, where that is not the weights' type."""
 
     @property
     def cache_width(self) -> int:
@@ -195,7 +197,7 @@ class MLAttention(Attention):
 
     def absorbed(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         a = self.config
-        w_uk, w_uv = self.up_projection()
+        w_uk, w_uv = (w.to(q.dtype) for w in self.up_projection())
         q_nope, q_rope = q.split((a.qk_nope_head_dim, a.qk_rope_head_dim), dim=-1)
         q = torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, w_uk), q_rope), dim=-1)
         num_queries, heads = q.shape[1:3]

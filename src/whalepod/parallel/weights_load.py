@@ -16,14 +16,14 @@ from whalepod.parallel.weights_files import Progress, Region
 from whalepod.parallel.weights_names import SCALE_SUFFIX, Slot
 from whalepod.parallel.weights_source import Source, open_source, quantised
 from whalepod.precision.fp8 import FP8
-from whalepod.precision.storage import FP8Storage, storage_names, use_fp8_storage
+from whalepod.precision.storage import Form, FP8Storage, Int8, storage_names, use_fp8_storage
 from whalepod.spec.errors import UserError
 from whalepod.spec.model import BlockFP8, shown
 
 
 def build_model(
     folder: Path | str,
-    dtype: torch.dtype | Literal["keep"] = torch.bfloat16,
+    dtype: torch.dtype | Literal["keep", "fp8", "int8"] = torch.bfloat16,
     device: torch.device | str = "cpu",
     *,
     ignore_mtp: bool = False,
@@ -32,11 +32,13 @@ def build_model(
     """The model of a Hugging Face folder, in evaluation mode.
 
     `dtype`: of all parameters, FP8 ones dequantised; "keep" leaves every parameter in its stored type and
-    FP8 weights in FP8 storage. `ignore_mtp`: leave out the layers of multi-token prediction.
+    FP8 weights in FP8 storage; "fp8" and "int8": BF16, but the weights that DeepSeek quantises in one byte,
+    the blocks of an FP8 folder bit for bit. `ignore_mtp`: leave out the layers of multi-token prediction.
     Raises UserError, before anything is allocated, naming the tensor and file that are wrong.
     """
-    if dtype not in ("keep", torch.bfloat16, torch.float32):
-        raise UserError(f"a model is built in torch.bfloat16, torch.float32 or 'keep', not {shown(dtype)}")
+    if dtype not in ("keep", "fp8", "int8", torch.bfloat16, torch.float32):
+        allowed = "torch.bfloat16, torch.float32, 'keep', 'fp8' or 'int8'"
+        raise UserError(f"a model is built in {allowed}, not {shown(dtype)}")
     source = open_source(folder)
     spec = source.spec.with_(num_nextn_predict_layers=0) if ignore_mtp else source.spec
     found = source.check(spec, ignore_mtp)
@@ -49,6 +51,9 @@ def build_model(
             types[slot.ours] = torch.promote_types(types.get(slot.ours, stored), stored)
         if spec.quantization is not None:
             use_fp8_storage(model, spec.quantization, compute_dtype=types["embed_tokens.weight"])
+    elif isinstance(dtype, str):
+        use_fp8_storage(model, Int8() if dtype == "int8" else spec.quantization)
+        dtype = torch.bfloat16
     _materialise(model, device, types.__getitem__ if isinstance(dtype, str) else lambda _: dtype)
     _fill(model, source, found, progress)
     return model.eval()
@@ -122,10 +127,10 @@ def _fill(model: nn.Module, source: Source, found: Sequence[Slot], progress: Pro
     assert not unknown, f"no tensor of the checkpoint is for {unknown[0]}"
 
 
-def _fill_storage(pair: Sequence[Tensor], source: Source, slot: Slot, stored: BlockFP8) -> None:
-    """Values and scales of a weight in FP8 storage: as they are in an FP8 folder, else quantised."""
+def _fill_storage(pair: Sequence[Tensor], source: Source, slot: Slot, stored: Form) -> None:
+    """Values and scales of a weight in one byte: as they are in a folder of the same form, else quantised."""
     parts = [_local_part(tensor, slot.index) for tensor in pair]
-    raw = source.dtype(slot) == FP8
+    raw = source.dtype(slot) == FP8 and isinstance(stored, BlockFP8)
     if raw:
         quantization = source.spec.quantization
         assert quantization is not None
@@ -133,7 +138,9 @@ def _fill_storage(pair: Sequence[Tensor], source: Source, slot: Slot, stored: Bl
         whole: Sequence[Tensor] = ()
     else:
         # Scales are of whole blocks: every rank quantises the whole matrix and keeps its part.
-        whole = quantised(slot, source.files.read(slot.hf), stored) if any(parts) else ()
+        everything = tuple(slice(0, n) for n in slot.shape)
+        values = source.read_part(slot, everything, torch.float32) if any(parts) else None
+        whole = () if values is None else quantised(slot, values, stored)
     for i, part in enumerate(parts):
         if part is not None:
             name = slot.hf + (SCALE_SUFFIX if i else "")
@@ -145,10 +152,10 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {n.replace("_orig_mod.", ""): t for n, t in model.state_dict(keep_vars=True).items()}
 
 
-def storage_of(model: nn.Module) -> BlockFP8 | None:
-    """The form of a model's FP8 storage; None if it has none."""
+def storage_of(model: nn.Module) -> Form | None:
+    """The form of a model's weights of one byte; None if it has none."""
     forms = {m.quantization for m in model.modules() if isinstance(m, FP8Storage)}
-    assert len(forms) < 2, "one model, one form of FP8"
+    assert len(forms) < 2, "one model, one form"
     return next(iter(forms), None)
 
 

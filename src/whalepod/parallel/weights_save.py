@@ -21,7 +21,7 @@ from whalepod.parallel.weights_load import storage_of, tensors_of
 from whalepod.parallel.weights_names import SCALE_SUFFIX, Slot, slots
 from whalepod.parallel.weights_source import open_source, quantised
 from whalepod.precision.fp8 import FP8, dequantize_blocks, scale_shape
-from whalepod.precision.storage import storage_names
+from whalepod.precision.storage import Int8, storage_names
 from whalepod.spec.errors import UserError, nearest
 from whalepod.spec.model import BlockFP8, to_config
 
@@ -56,6 +56,8 @@ def save_weights(
     _check_format(format)
     spec, targets = model.spec, tensors_of(model)
     stored = storage_of(model)
+    if isinstance(stored, Int8):
+        raise UserError("weights in INT8 are for serving only: load the model in another type to save it")
     if format == "fp8":
         quantization = stored or spec.quantization or BlockFP8()
     else:

@@ -22,9 +22,10 @@ from whalepod.parallel.weights_names import (
     optional_slots,
     slots,
 )
-from whalepod.precision.fp8 import FP8, dequantize_blocks, quantize_blocks, scale_shape
+from whalepod.precision.fp8 import FP8, dequantize_blocks, scale_shape
+from whalepod.precision.storage import Form, quantize_weight
 from whalepod.spec.errors import UserError
-from whalepod.spec.model import BlockFP8, ModelSpec, read_config, shown
+from whalepod.spec.model import ModelSpec, read_config, shown
 
 _COMPARE_BYTES = 16 * 2**20
 _MANY = 1000
@@ -166,9 +167,9 @@ def _closest(name: str, choices: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def quantised(slot: Slot, values: Tensor, quantization: BlockFP8) -> tuple[Tensor, Tensor]:
-    """FP8 values and scales of a tensor. Raises UserError naming it."""
+def quantised(slot: Slot, values: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """Values and scales of a tensor. Raises UserError naming it."""
     try:
-        return quantize_blocks(values, quantization.weight_block_size, quantization.scale_fmt)
+        return quantize_weight(values, form)
     except UserError as error:
         raise UserError(f"tensor {slot.hf!r}: {error}") from None

@@ -107,8 +107,8 @@ def dequantize_blocks(
 
 
 def widened(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """E4M3 as a wider type, exactly."""
-    if values.device.type != "cpu" or is_fake(values):
+    """E4M3, or an integer, as a wider type, exactly."""
+    if values.device.type != "cpu" or is_fake(values) or values.dtype != FP8:
         return values.to(dtype)
     # torch's cast goes through scalar code on CPUs; there are 256 numbers to know.
     return _every_value(dtype).index_select(0, values.view(torch.uint8).flatten().int()).view(values.shape)

@@ -1,19 +1,30 @@
-"""Weights that stay in FP8 in memory, bit for bit as in a file.
+"""Weights that stay in one byte in memory: FP8 bit for bit as in a file, or INT8.
 
 `use_fp8_storage` makes a module's weight a property that dequantises; nothing else about the module changes.
-Kernels that multiply FP8 directly can come behind the same modules.
+Kernels that multiply such weights directly can come behind the same modules, as those of `serve/` do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from whalepod.precision.fp8 import FP8, dequantize_blocks, quantize_blocks, scale_shape
+from whalepod.precision.fp8 import (
+    FP8,
+    Block,
+    as_blocks,
+    dequantize_blocks,
+    from_blocks,
+    largest_magnitude,
+    quantize_blocks,
+    scale_shape,
+)
+from whalepod.spec.errors import UserError
 from whalepod.spec.model import BlockFP8
 
 KEPT_HIGH = ("lm_head", "eh_proj")
@@ -21,19 +32,43 @@ KEPT_HIGH = ("lm_head", "eh_proj")
 are not `nn.Linear` and stay as they are."""
 
 
+@dataclass(frozen=True)
+class Int8:
+    """INT8 with one scale for each 128 numbers of a row: their largest magnitude / 127."""
+
+    weight_block_size: Block = (1, 128)
+
+
+Form = BlockFP8 | Int8
+"""How a weight is stored."""
+
+
+def quantize_weight(w: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """Values and scales of `w` [..., out, in]. Raises UserError for what is not finite, or too large."""
+    if isinstance(form, BlockFP8):
+        return quantize_blocks(w, form.weight_block_size, form.scale_fmt)
+    blocks = as_blocks(w.float(), form.weight_block_size)
+    largest = largest_magnitude(blocks)
+    if not bool(largest.isfinite().all()):
+        raise UserError("a weight with NaN or infinity has no INT8 form")
+    scale = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    values = (blocks / scale[..., :, None, :, None]).round().to(torch.int8)
+    return from_blocks(values, w.shape).contiguous(), scale
+
+
 def storage_names(name: str) -> tuple[str, str]:
-    """Names of the two parameters that hold weight `name` in FP8 storage: values and scales."""
-    return f"{name}_fp8", f"{name}_scale_inv"
+    """Names of the two parameters that hold weight `name` in one byte: values and scales."""
+    return f"{name}_stored", f"{name}_scale_inv"
 
 
 class FP8Storage(nn.Module):
     """What a module with FP8 weights adds to the one that it was.
 
-    Weight `w` is two parameters without gradient, `w_fp8` and `w_scale_inv`; reading `w` dequantises to
+    Weight `w` is two parameters without gradient, `w_stored` and `w_scale_inv`; reading `w` dequantises to
     `compute_dtype`. Moving the module keeps their bits; casting it (`.to(dtype)`) changes `compute_dtype`.
     """
 
-    quantization: BlockFP8
+    quantization: Form
     compute_dtype: torch.dtype
     stored: tuple[str, ...]
 
@@ -58,7 +93,7 @@ class FP8Storage(nn.Module):
         for name in (own for weight in self.stored for own in storage_names(weight)):
             tensor = self._parameters.pop(name)
             assert tensor is not None
-            bits = tensor.detach().view(torch.uint8 if tensor.dtype == FP8 else torch.int32)
+            bits = tensor.detach().view(torch.uint8 if tensor.element_size() == 1 else torch.int32)
             kept.append((name, tensor.dtype, bits))
         super()._apply(fn, recurse)
         for name, dtype, bits in kept:
@@ -77,14 +112,14 @@ class FP8Linear(FP8Storage, nn.Linear):
 
 def use_fp8_storage(
     model: nn.Module,
-    quantization: BlockFP8 | None = None,
+    quantization: Form | None = None,
     compute_dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Keeps the weights that DeepSeek quantises as FP8 blocks, in place: linear layers and stacked experts.
+    """Keeps the weights that DeepSeek quantises in one byte, in place: linear layers and stacked experts.
 
     Experts are recognised by their parameters: matrices stacked to more than two dimensions. A model on the
     meta device gets storage without values, to be materialised and loaded; any other is quantised.
-    `quantization`: block size and scale format, 128 x 128 and float32 unless given.
+    `quantization`: FP8 blocks of 128 x 128 with float32 scales unless given.
     """
     quantization = quantization or BlockFP8()
     for path, module in list(model.named_modules()):
@@ -103,7 +138,7 @@ def _convert(
     module: nn.Module,
     names: tuple[str, ...],
     to: type[FP8Storage],
-    quantization: BlockFP8,
+    quantization: Form,
     compute_dtype: torch.dtype,
 ) -> None:
     weights = {name: module.get_parameter(name).detach() for name in names}
@@ -115,9 +150,9 @@ def _convert(
     for name, w in weights.items():
         if w.is_meta:
             scale = torch.empty(scale_shape(w.shape, block), dtype=torch.float32, device="meta")
-            module.store(name, w.to(FP8), scale)
+            module.store(name, w.to(torch.int8 if isinstance(quantization, Int8) else FP8), scale)
         else:
-            module.store(name, *quantize_blocks(w, block, quantization.scale_fmt))
+            module.store(name, *quantize_weight(w, quantization))
 
 
 @cache

@@ -15,19 +15,23 @@ from whalepod.parallel import trained
 from whalepod.parallel.inference import whole
 from whalepod.parallel.mesh import make_mesh
 from whalepod.parallel.weights import build_model
+from whalepod.precision.storage import Int8, use_fp8_storage
+from whalepod.serve import native
 from whalepod.serve.core import PAGE_SIZE, CoreConfig
 from whalepod.serve.engine import Engine
 from whalepod.serve.fleet import Fleet
-from whalepod.serve.packed import pack, packs_here
+from whalepod.serve.paged import multiplies_bf16
 from whalepod.serve.request import Request, Sampling
 from whalepod.spec.counts import weight_bytes
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
 from whalepod.spec.machine import main_memory
-from whalepod.spec.model import ModelSpec, read_config
+from whalepod.spec.model import BlockFP8, ModelSpec, read_config
 from whalepod.text.tokenizer import Tokenizer, load_tokenizer
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16, "int8": torch.bfloat16}
+"""Of activations, embedding, router and head, by what is asked for; `FORMS` of all other weights."""
+FORMS = {"fp8": BlockFP8(), "int8": Int8()}
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,13 @@ class Generated:
 def load_model(path: str | Path, dtype: str = "auto", device: str = "auto") -> tuple[Transformer, Tokenizer]:
     """Model (evaluation mode) and tokenizer of a run's folder or a Hugging Face folder.
 
-    dtype: `bf16`, `fp32`, or `auto` (`usual_dtype`). BF16 is packed where that helps (`packed.py`).
+    dtype: `bf16`, `fp32`, `fp8` (blocks of 128 x 128, those of an FP8 folder bit for bit), `int8`, or `auto`
+    (`usual_dtype`). On a CPU it decodes natively (`native.py`).
     """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"no folder {str(path)!r}: give a run's folder or a Hugging Face checkpoint")
-    if dtype not in ("auto", *_DTYPES):
-        raise UserError(f"dtype must be auto, bf16 or fp32, not {dtype!r}")
+    check_dtype(dtype)
     spec = read_config(path)
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
@@ -59,20 +63,30 @@ def load_model(path: str | Path, dtype: str = "auto", device: str = "auto") -> t
     if trained.is_run(path):
         model = trained.read_model(path, spec).to(kind)
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(_DTYPES[dtype])
+            parameter.data = parameter.data.to(DTYPES[dtype])
+        if dtype in FORMS:
+            use_fp8_storage(model, FORMS[dtype])
     else:
-        model = build_model(path, dtype=_DTYPES[dtype], device=kind)
+        form: Any = dtype if dtype in FORMS else DTYPES[dtype]
+        model = build_model(path, form, kind)
     model.eval().requires_grad_(False)
-    if dtype == "bf16" and kind == "cpu" and packs_here():
-        pack(model)
+    if kind == "cpu":
+        native.use(model)
     return model, load_tokenizer(path)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises UserError for one that is not served."""
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype must be auto, {', '.join([*DTYPES][:-1])} or int8, not {dtype!r}")
 
 
 def usual_dtype(spec: ModelSpec, kind: str) -> str:
     """Of weights on a device of that kind: BF16, but FP32 on CPUs without products in BF16, unless the
     weights would fill more than half of the free memory."""
-    room = 4 * weight_bytes(spec) <= main_memory("MemAvailable")
-    return "fp32" if kind == "cpu" and room and not packs_here() else "bf16"
+    if kind != "cpu" or multiplies_bf16() or native.library() is not None:
+        return "bf16"
+    return "fp32" if 4 * weight_bytes(spec) <= main_memory("MemAvailable") else "bf16"
 
 
 def generate_ids(

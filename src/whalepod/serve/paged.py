@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,12 @@ from whalepod.spec.model import ModelSpec
 
 FEW = 4
 """Tokens of a run up to which it is put together with others."""
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this machine's CPU multiplies BF16 by itself, and torch was built with oneDNN."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def token_bytes(spec: ModelSpec, dtype: torch.dtype, mtp: bool = False) -> int:
@@ -81,7 +88,14 @@ class PagedCache:
         mask = torch.arange(width * self.page_size) <= torch.tensor(last).unsqueeze(-1)
         out = [i * count + count - s.count + j for i, s in enumerate(spans) for j in range(s.count)]
         rows = [s.first + j for s in spans for j in range(s.count)]
-        tensors = (table, torch.tensor(index), mask.unsqueeze(1), torch.tensor(out), torch.tensor(rows))
+        owners = [i for i, s in enumerate(spans) for _ in range(s.count)]
+        seen = [p for s in spans for p in range(s.start, s.end)]
+        tensors = (
+            table,
+            torch.tensor(index),
+            mask.unsqueeze(1),
+            *map(torch.tensor, (out, rows, owners, seen)),
+        )
         return _Few(spans, *(t.to(self.device) for t in tensors))
 
 
@@ -107,6 +121,8 @@ class _Few(NamedTuple):
     mask: Tensor  # [R, 1, Q, L], True where it may look
     out: Tensor  # of the R x Q results those that count
     rows: Tensor  # and where they go
+    owners: Tensor  # of each token its run,
+    last: Tensor  # and its position, up to which it may look
 
     def rows_of(self, rows: Tensor) -> Tensor:
         """[R, pages, page_size, width]."""
@@ -126,31 +142,37 @@ def _rows(rows: Tensor, pages: list[int], index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """Attention of one step; `attend` is the models' seam, with q [1, T, H, width] and kv [1, T, width]."""
+    """Attention of one step, the models' seam `attend`: q [1, T, H, width] and kv [1, T, width]."""
 
     cache: PagedCache
     slots: Tensor
     long: list[tuple[_Span, Tensor]]
     few: _Few | None
 
-    def attend(self, attention: Attention, q: Tensor, kv: Tensor) -> Tensor:
+    @property
+    def only_few(self) -> bool:
+        """Whether every run is one of those that write."""
+        return self.few is not None and not self.long
+
+    def __call__(self, attention: Attention, q: Tensor, kv: Tensor) -> Tensor:
         rows, num_tokens = self.cache.rows[attention.layer], len(self.slots)
         rows.flatten(0, 1)[self.slots] = kv[0, :num_tokens]
         parts: list[tuple[Tensor | slice, Tensor]] = []
+        dtype, q = q.dtype, q.to(attention.compute_dtype or q.dtype)
         for span, pages in self.long:
-            seen = _rows(rows, span.pages, pages).flatten(0, 1)[: span.end].unsqueeze(0)
+            seen = _rows(rows, span.pages, pages).flatten(0, 1)[: span.end].unsqueeze(0).to(q.dtype)
             part = slice(span.first, span.first + span.count)
             form = attention.absorbed if attention.prefers_absorbed(span.count) else attention.expanded
             parts.append((part, form(q[:, part], seen, None)[0]))
         if self.few is not None:
             few = self.few
-            seen = few.rows_of(rows).flatten(1, 2)
+            seen = few.rows_of(rows).flatten(1, 2).to(q.dtype)
             found = attention.absorbed(q[0][few.index_RQ], seen, few.mask)
             parts.append((few.rows, found.flatten(0, 1)[few.out]))
         if len(parts) == 1 and len(parts[0][1]) == q.shape[1] and isinstance(parts[0][0], slice):
-            return parts[0][1].unsqueeze(0)
+            return parts[0][1].unsqueeze(0).to(dtype)
         # Zeros: tokens may stand behind the runs that are nobody's and only make parts equal.
         out = q.new_zeros(1, q.shape[1], q.shape[2] * attention.value_width)
         for place, values in parts:
             out[0, place] = values
-        return out
+        return out.to(dtype)

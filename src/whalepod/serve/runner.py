@@ -34,7 +34,7 @@ class Runner:
         right. Where other replicas run and this one has nothing to, `runs` may be empty."""
         tokens = self._tensor([t for run in runs for t in run.tokens] or [0])
         positions = self._tensor([p for run in runs for p in range(run.start, run.end)] or [0])
-        hidden = self.inference.hidden(tokens, positions, self.cache.step(runs).attend)
+        hidden = self.inference.hidden(tokens, positions, self.cache.step(runs))
         picked = self._pick(hidden, runs, wishes)
         drafts = self._guess(hidden, runs, wishes, picked) if self.speculates else [()] * len(runs)
         return [Next(*pair) for pair in zip(picked, drafts, strict=True)]
@@ -110,7 +110,7 @@ class Runner:
             self._tensor(rows or [0]),
             self._tensor(following or [0]),
             self._tensor(positions or [0]),
-            self.cache.step(known).attend,
+            self.cache.step(known),
             self._tensor(wanted),
         )
         guesses = iter(best.tolist())

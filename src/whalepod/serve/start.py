@@ -23,17 +23,16 @@ import torch
 from whalepod.parallel import processes, shm
 from whalepod.parallel.inference import Inference, check_serving, spread, whole
 from whalepod.parallel.mesh import Mesh, local_device, open_mesh
-from whalepod.parallel.parallelize import DTYPES
 from whalepod.parallel.trained import Trained, is_run
 from whalepod.parallel.weights_initial import StoredWeights
+from whalepod.serve import native
 from whalepod.serve.core import PAGE_SIZE, CoreConfig
 from whalepod.serve.engine import Engine
 from whalepod.serve.fleet import Fleet
-from whalepod.serve.generate import load_model, usual_dtype
+from whalepod.serve.generate import DTYPES, FORMS, check_dtype, load_model, usual_dtype
 from whalepod.serve.grammar import Grammars
-from whalepod.serve.packed import pack, packs_here
 from whalepod.serve.paged import token_bytes
-from whalepod.spec.counts import GIB, params
+from whalepod.spec.counts import GIB, params, weight_bytes
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import Layout
 from whalepod.spec.machine import main_memory
@@ -46,10 +45,10 @@ Say = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """path: a run's folder or a Hugging Face folder. dtype: `auto` (BF16; FP32 on a CPU that has no BF16, if
-    there is room), `bf16` or `fp32`. cache_gib: of each device; None is half of what is free beside the
-    weights, or less if that holds `max_running` of the longest sequences. max_waiting: requests beyond those
-    that run."""
+    """path: a run's folder or a Hugging Face folder. dtype: `auto` (`generate.usual_dtype`), `bf16`, `fp32`,
+    `fp8` or `int8` (`generate.load_model`). cache_gib: of each device; None is half of what is free beside
+    the weights, or less if that holds `max_running` of the longest sequences. max_waiting: requests beyond
+    those that run."""
 
     path: str
     layout: Layout = field(default_factory=Layout)
@@ -137,6 +136,8 @@ def plan_memory(config: EngineConfig, spec: ModelSpec) -> Fit:
     experts = counted.routed_experts / (layout.ep if layout.ep > 1 else layout.tp)
     rest = (counted.total - counted.routed_experts) / layout.tp
     weights = (experts + rest) / layout.pp * dtype.itemsize
+    if config.dtype in FORMS:  # scales of INT8 are one for 128 numbers, 3 % more
+        weights = weight_bytes(spec, "fp8", mtp=True) * (1 + 4 / 128 * (config.dtype == "int8"))
     a_token = token_bytes(spec, dtype, config.speculate) / layout.pp
     left = free - weights
     longest = min(spec.max_position_embeddings, PAGE_SIZE)
@@ -173,8 +174,9 @@ def _spec(config: EngineConfig) -> ModelSpec:
     path = Path(config.path)
     if not path.is_dir():
         raise UserError(f"no folder {config.path!r}: give a run's folder or a Hugging Face checkpoint")
-    if config.dtype not in ("auto", "bf16", "fp32"):
-        raise UserError(f"dtype must be auto, bf16 or fp32, not {config.dtype!r}")
+    check_dtype(config.dtype)
+    if config.dtype in FORMS and config.layout.num_devices > 1:
+        raise UserError(f"dtype {config.dtype} is for one device yet: use bf16 under this layout")
     spec = read_config(path)
     if config.speculate and not spec.num_nextn_predict_layers:
         raise UserError(f"{spec.name} has no multi-token prediction to speculate with")
@@ -192,9 +194,9 @@ def _load(config: EngineConfig, spec: ModelSpec, mesh: Mesh) -> Inference:
     path = Path(config.path)
     stored = Trained(path, spec) if is_run(path) else StoredWeights(path, spec)
     inference = spread(spec, mesh, DTYPES[config.dtype], stored)
-    if config.dtype == "bf16" and mesh.device.type == "cpu" and packs_here():
+    if mesh.device.type == "cpu":
         for part in inference.stages.values():
-            pack(part)
+            native.use(part)
     return inference
 
 
