@@ -78,6 +78,8 @@ def train(
         f"MFU {result.mfu:.1%} of {result.peak_tflops:.3g} measured TFLOP/s; "
         f"{max(result.memory_gib):.2f} GiB per worker\n{result.folder}"
     )
+    if result.stopped_by is not None:
+        make_console().print(f"ended by {result.stopped_by} with a checkpoint; the same command goes on")
     from whalepod.report.prediction import prediction_table
 
     if (table := prediction_table(result)) is not None:
