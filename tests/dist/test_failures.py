@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,14 @@ class Job:
                 except (OSError, IndexError):
                     continue
                 children.setdefault(parent, []).append(int(entry.name))
-        found, todo = [], [process.pid for process in self.processes]
+        found, todo = [], [process.pid for process in self.processes if process.poll() is None]
         while todo:
             pid = todo.pop()
             below = children.get(pid, [])
             todo += below
-            if not below and b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
+            with suppress(FileNotFoundError):
+                if not below and b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
         return sorted(found)
 
     def told(self) -> str:
@@ -96,8 +98,10 @@ def started(
 
     yield start
     for job in jobs:
-        for pid in [*job.workers(), *(process.pid for process in job.processes if process.poll() is None)]:
-            os.kill(pid, signal.SIGKILL)
+        if any(process.poll() is None for process in job.processes):
+            for pid in [*job.workers(), *(process.pid for process in job.processes)]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         job.end()
 
 
@@ -129,7 +133,6 @@ def assert_saved_on_leaving(job: Job) -> None:
 def test_a_killed_local_worker_comes_back_and_sigterm_saves(started: Any) -> None:
     job = started([LOCAL], {"max_restarts": 1})
     goes_on_after_a_kill(job)
-    assert "exit code -9" in job.told()
     assert "the workers start again, 1 of 1 times" in job.told()
     job.processes[0].terminate()
     assert job.end() == [0]

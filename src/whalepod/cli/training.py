@@ -49,7 +49,7 @@ def train(
     config = load_run(run, overrides or [])
     config.model_spec()
     from whalepod.dryrun.auto import choice_rows, choose, write_choice
-    from whalepod.train.start import is_first_rank
+    from whalepod.train.start import Stopped, is_first_rank
     from whalepod.train.start import train as train_
 
     choice = None
@@ -64,6 +64,8 @@ def train(
     try:
         with text_progress() as progress:
             result = train_(config, restart=restart, progress=progress)
+    except Stopped as stopped:
+        result = stopped.result
     finally:
         if choice is not None and is_first_rank():
             write_choice(choice)

@@ -120,7 +120,10 @@ def retain(folder: Path, step: int, keep: int, keep_every: int = 0) -> None:
     kept = {*until[-keep:], *(s for s in until if keep_every and s % keep_every == 0)}
     for old in _steps(folder):
         if old <= step and old not in kept:
-            _remove(path_of(folder, old))
+            try:
+                _remove(path_of(folder, old))
+            except OSError as error:
+                log.warning("checkpoint %s could not be removed: %s", path_of(folder, old), _line(error))
 
 
 def remove_stale(folder: Path) -> None:

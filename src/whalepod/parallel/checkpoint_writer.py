@@ -234,11 +234,11 @@ def write_shares(path: Path, shares: Sequence[Share]) -> tuple[int, int]:
     shares = sorted(shares, key=lambda share: -share.tensor.itemsize)  # so that all are aligned
     end = 0
     for share in shares:
-        begin_, end = end, end + share.tensor.nbytes
+        start, end = end, end + share.tensor.nbytes
         header[share.name] = {
             "dtype": _DTYPE_NAMES[share.tensor.dtype],
             "shape": list(share.tensor.shape),
-            "data_offsets": [begin_, end],
+            "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -63,7 +63,8 @@ def train(
 
     Under torchrun (RANK is set) this process joins as that rank. Otherwise a layout of one device
     runs here and a larger one on local workers. A folder that holds checkpoints of the same model
-    is taken up where it stood, unless `restart`, which deletes it. Raises UserError for bad input.
+    is taken up where it stood, unless `restart`, which deletes it. Raises UserError for bad input, and
+    `Stopped` when SIGTERM or Ctrl-C has ended it.
     """
     spec = config.model_spec()
     layout = config.make_layout()
@@ -94,9 +95,21 @@ def train(
         write_run(folder, config, spec, tokenizer)
     if under_launcher or layout.num_devices == 1:
         with _threads(config.threads_per_worker):
-            return run_rank(config, files, until, quiet)
-    compile_once(progress)
-    return _local_workers(config, files, until, quiet)
+            result = run_rank(config, files, until, quiet)
+    else:
+        compile_once(progress)
+        result = _local_workers(config, files, until, quiet)
+    if result.stopped_by is not None:
+        raise Stopped(result)
+    return result
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended a run, with a checkpoint; result: what it brought until then."""
+
+    def __init__(self, result: RunResult) -> None:
+        super().__init__(f"ended by {result.stopped_by}")
+        self.result = result
 
 
 def is_first_rank() -> bool:
@@ -341,7 +354,8 @@ def _explain(error: ChildFailedError) -> Exception:
         told.append((bool(_CONSEQUENCE.search(text)), rank, f"exit code {failure.exitcode}): {text}", trace))
     _, rank, text, trace = min(told)
     problem = WorkerFailed(f"worker {rank} failed ({text}")
-    problem.killed = text.startswith("exit code -") or Hung.__name__ in text
+    consequence = bool(_CONSEQUENCE.search(text))
+    problem.killed = text.startswith("exit code -") or Hung.__name__ in text or consequence
     problem.add_note(trace)
     return problem
 

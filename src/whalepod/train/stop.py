@@ -20,39 +20,42 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Signals are noted while this lasts; elsewhere than in the main thread none arrives."""
-
-        def note(number: int, _frame: FrameType | None) -> None:
-            self.number = number
-
-        with _handled(note):
+        """Signals are noted while this lasts (a third is a KeyboardInterrupt); elsewhere than in the main
+        thread none arrives."""
+        with _handled(lambda number: None, self):
             yield self
 
 
 @contextmanager
 def passed_on() -> Iterator[StopRequest]:
-    """This process waits for workers: what asks it to end asks them. A third time ends it at once."""
-    request, times = StopRequest(), 0
+    """This process waits for workers: what asks it to end asks them."""
+    request = StopRequest()
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
+    def ask_workers(number: int) -> None:
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, number)
+
+    with _handled(ask_workers, request):
+        yield request
+
+
+@contextmanager
+def _handled(act: Callable[[int], None], request: StopRequest) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    times = 0
+
+    def handler(number: int, _frame: FrameType | None) -> None:
         nonlocal times
         times += 1
         if times > 2:
             raise KeyboardInterrupt
         request.number = number
-        for child in multiprocessing.active_children():
-            with suppress(ProcessLookupError, TypeError):
-                os.kill(child.pid, number)  # pyright: ignore[reportArgumentType]
+        act(number)
 
-    with _handled(pass_on):
-        yield request
-
-
-@contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = {number: signal.signal(number, handler) for number in _SIGNALS}
     try:
         yield
