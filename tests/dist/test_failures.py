@@ -21,7 +21,7 @@ from whalepod.parallel.comm import Axis
 from whalepod.train.metrics import read_metrics
 
 ENDLESS = 100_000
-PATIENCE_S = 120
+PATIENCE_S = 240  # of a loaded machine
 
 
 class Job:
