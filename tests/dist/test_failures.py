@@ -173,7 +173,7 @@ def test_a_stopped_rank_is_named(started: Any) -> None:
     assert first.split("not arrived: ")[1].count("pid") == 1
     assert " of axis " in first
     assert "does not answer, was last seen in step" in report
-    assert "Traceback" not in report.split("Hung")[0]
+    assert "Traceback" not in report
 
 
 def test_sigint_saves_in_a_single_process(started: Any, run_values: dict[str, Any]) -> None:

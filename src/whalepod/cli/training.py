@@ -49,7 +49,7 @@ def train(
     config = load_run(run, overrides or [])
     config.model_spec()
     from whalepod.dryrun.auto import choice_rows, choose, write_choice
-    from whalepod.train.start import Stopped, is_first_rank
+    from whalepod.train.start import Stopped, WorkerFailed, is_first_rank
     from whalepod.train.start import train as train_
 
     choice = None
@@ -66,6 +66,11 @@ def train(
             result = train_(config, restart=restart, progress=progress)
     except Stopped as stopped:
         result = stopped.result
+    except WorkerFailed as failed:
+        if not failed.killed:
+            raise
+        make_console(stderr=True).print(f"whalepod: {failed}", soft_wrap=True)
+        raise typer.Exit(1) from None
     finally:
         if choice is not None and is_first_rank():
             write_choice(choice)
