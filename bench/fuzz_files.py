@@ -7,6 +7,7 @@ UserError for what it refuses; what is accepted is used as far as anything that 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from whalepod.calibrate.profile import profile_values
 from whalepod.models.lora import add_adapters, is_adapter
 from whalepod.models.transformer import Transformer
-from whalepod.parallel.checkpoint import read_progress, read_tensors, steps_saved
+from whalepod.parallel.checkpoint import read_progress, read_tensors
+from whalepod.parallel.checkpoint_files import steps_saved
 from whalepod.parallel.trained import read_adapters
 from whalepod.parallel.weights_names import expected_tensors
 from whalepod.parallel.weights_source import open_source
@@ -218,6 +220,13 @@ def _state(folder: Path, tensors: dict[str, torch.Tensor]) -> Parts:
     return {file.name: file.read_bytes(), "state.json": dump(progress)}
 
 
+def _agreeing(path: Path) -> None:
+    """A manifest of what is there, as whoever forges a checkpoint would write."""
+    files = {p.name: p.read_bytes() for p in path.iterdir() if p.name != "manifest.json"}
+    listed = {name: {"bytes": len(data), "crc32": zlib.crc32(data)} for name, data in files.items()}
+    (path / "manifest.json").write_bytes(dump({"files": listed}))
+
+
 def checkpoint(folder: Path) -> Format:
     into = {"model/a": torch.zeros(4, 4), "model/b": torch.zeros(6), "optimizer/a.exp_avg": torch.zeros(4, 4)}
     seed = _state(folder, into)
@@ -225,6 +234,7 @@ def checkpoint(folder: Path) -> Format:
 
     def read(parts: Parts) -> None:
         put(path, parts)
+        _agreeing(path)
         assert steps_saved(folder) == [3]
         read_progress(path)
         read_tensors(path, into)
@@ -245,7 +255,9 @@ def adapters(folder: Path) -> Format:
 
     def read(parts: Parts) -> None:
         put(folder, {"run.yaml": parts["run.yaml"]})
-        put(folder / "checkpoints" / "step_00000003", {k: v for k, v in parts.items() if k != "run.yaml"})
+        path = folder / "checkpoints" / "step_00000003"
+        put(path, {k: v for k, v in parts.items() if k != "run.yaml"})
+        _agreeing(path)
         if (adapters := read_adapters(folder, spec)) is not None:
             _ = adapters.scale
 

@@ -21,7 +21,7 @@ import yaml
 from harness import run_ranks
 
 from whalepod.cli import main
-from whalepod.parallel import checkpoint, trained
+from whalepod.parallel import checkpoint_files, trained
 from whalepod.spec.errors import UserError
 from whalepod.spec.run import make_run
 from whalepod.train import loop
@@ -165,7 +165,7 @@ def test_a_run_goes_on_under_any_other_layout(values: Values, tmp_path: Path) ->
     ]
     folder = tmp_path / "chain"
     run_ranks(run_jobs, 2, [job(values, folder, 2 * (i + 1), **layout) for i, layout in enumerate(chain)])
-    assert checkpoint.steps_saved(folder / "checkpoints") == [2, 4, 6, 8, 10]
+    assert checkpoint_files.steps_saved(folder / "checkpoints") == [2, 4, 6, 8, 10]
     assert_same(rows_of(folder), expected, "chain")
     ours, theirs = (
         trained.read_model(tmp_path / n, make_run(values).model_spec()) for n in ("chain", "alone")
@@ -192,12 +192,12 @@ def test_local_workers_and_what_goes_wrong_in_one(values: Values, tmp_path: Path
     assert result.traffic_bytes_per_step["fsdp/reduce_scatter"] > 0
     assert max(result.state_gib) < 0.7 * sum(result.state_gib)  # shared out, not held twice
     # A torn checkpoint is found by the workers; the parent says so in one line.
-    torn = next((checkpoint.path_of(folder / "checkpoints", 2)).glob("*.safetensors"))
+    torn = next((checkpoint_files.path_of(folder / "checkpoints", 2)).glob("*.safetensors"))
     torn.write_bytes(torn.read_bytes()[:10])
     with pytest.raises(UserError) as caught:
         train(config, until=4, quiet=True)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"checkpoint {checkpoint.path_of(folder / 'checkpoints', 2)} ")
+    assert str(caught.value).startswith(f"none of the 1 checkpoints in {folder / 'checkpoints'} is whole")
     assert len(str(caught.value)) < 400
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from whalepod.parallel import checkpoint
+from whalepod.parallel import checkpoint, checkpoint_files
 from whalepod.parallel.mesh import Mesh, open_mesh
 from whalepod.spec.errors import UserError
 from whalepod.spec.run import make_run
@@ -44,7 +44,7 @@ def test_it_learns_and_writes_everything_down(run_values) -> None:
     assert json.loads((out / "result.json").read_text())["loss"] == result.loss
     assert {"config.json", "tokenizer.json", "run.yaml"} <= {p.name for p in out.iterdir()}
     assert any((out / "tensorboard").iterdir())
-    assert checkpoint.steps_saved(out / "checkpoints") == [40]
+    assert checkpoint_files.steps_saved(out / "checkpoints") == [40]
 
 
 RECIPES = [
@@ -63,7 +63,7 @@ def test_resume_is_exact(run_values, tmp_path, recipe) -> None:
     train(whole, quiet=True)
     broken = make_run(run_values | {"out": str(tmp_path / "broken")})
     train(broken, until=3, quiet=True)  # checkpoints at 2 and, on leaving, at 3
-    shutil.rmtree(checkpoint.path_of(tmp_path / "broken" / "checkpoints", 3))  # as if killed in step 3
+    shutil.rmtree(checkpoint_files.path_of(tmp_path / "broken" / "checkpoints", 3))  # as if killed in step 3
     train(broken, quiet=True)
     a, b = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "broken"))
     keys = ("step", "tokens", "loss", "mtp_loss", "gradient_norm", "learning_rate", "validation_loss")
@@ -82,11 +82,11 @@ def test_old_checkpoints_go_and_unfinished_ones_do_not_count(run_values) -> None
     config = make_run(run_values)
     out = Path(config.out) / "checkpoints"
     train(config, until=4, quiet=True)
-    assert checkpoint.steps_saved(out) == [2, 4]
+    assert checkpoint_files.steps_saved(out) == [2, 4]
     (out / "step_00000099").mkdir()  # no state.json: not whole
-    assert checkpoint.steps_saved(out) == [2, 4]
+    assert checkpoint_files.steps_saved(out) == [2, 4]
     train(config, quiet=True)
-    assert checkpoint.steps_saved(out) == [4, 6]
+    assert checkpoint_files.steps_saved(out) == [4, 6]
 
 
 def test_no_pickle_in_a_checkpoint(run_values) -> None:
@@ -193,7 +193,7 @@ def test_a_folder_of_another_run_is_refused(run_values, tmp_path) -> None:
 def test_checkpoint_of_another_model_names_the_tensor(run_values) -> None:
     config = make_run(run_values)
     train(config, until=2, quiet=True)
-    path = checkpoint.path_of(Path(config.out) / "checkpoints", 2)
+    path = checkpoint_files.path_of(Path(config.out) / "checkpoints", 2)
     with pytest.raises(UserError, match=r"no 'model/missing'"):
         checkpoint.read_tensors(path, {"model/missing": torch.zeros(2)})
     with pytest.raises(UserError, match=r"'model/norm.weight' has shape \[32\] there, \[5\] here"):

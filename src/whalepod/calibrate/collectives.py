@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from whalepod.calibrate.kernels import Sizes, short
 from whalepod.calibrate.serving import shared_steps
-from whalepod.parallel.comm import Axis, wait
+from whalepod.parallel.comm import Axis
 from whalepod.parallel.mesh import Groups, local_device, make_mesh, open_world
 from whalepod.spec.layout import Layout
 from whalepod.spec.measured import Collective, EngineStep
@@ -72,7 +72,7 @@ def _collectives(axis: Axis, world: Axis, size: int, place: torch.device) -> Ite
         "all_reduce": lambda: axis.all_reduce(sums),
         "all_gather": lambda: axis.gather_into(out, row[: narrow // n]),
         "reduce_scatter": lambda: axis.reduce_scatter_into(part, sums),
-        "all_to_all": lambda: wait(axis.start_all_to_all(row, split, split)),
+        "all_to_all": lambda: axis.wait(axis.start_all_to_all(row, split, split)),
         "send": lambda: axis.shift_into(out, row),
     }
     repeats, rounds = (20, 7) if size <= 2**16 else (3, 7) if size <= 2**20 else (1, 5)

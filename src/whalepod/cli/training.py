@@ -49,7 +49,7 @@ def train(
     config = load_run(run, overrides or [])
     config.model_spec()
     from whalepod.dryrun.auto import choice_rows, choose, write_choice
-    from whalepod.train.start import is_first_rank
+    from whalepod.train.start import Stopped, WorkerFailed, is_first_rank
     from whalepod.train.start import train as train_
 
     choice = None
@@ -64,6 +64,13 @@ def train(
     try:
         with text_progress() as progress:
             result = train_(config, restart=restart, progress=progress)
+    except Stopped as stopped:
+        result = stopped.result
+    except WorkerFailed as failed:
+        if not failed.killed:
+            raise
+        make_console(stderr=True).print(f"whalepod: {failed}", soft_wrap=True)
+        raise typer.Exit(1) from None
     finally:
         if choice is not None and is_first_rank():
             write_choice(choice)
@@ -78,6 +85,8 @@ def train(
         f"MFU {result.mfu:.1%} of {result.peak_tflops:.3g} measured TFLOP/s; "
         f"{max(result.memory_gib):.2f} GiB per worker\n{result.folder}"
     )
+    if result.stopped_by is not None:
+        make_console().print(f"ended by {result.stopped_by} with a checkpoint; the same command goes on")
     from whalepod.report.prediction import prediction_table
 
     if (table := prediction_table(result)) is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from whalepod.doctor.probe import Link
-from whalepod.parallel.comm import Axis, wait
+from whalepod.parallel.comm import Axis
 from whalepod.parallel.mesh import Mesh
 from whalepod.spec.layout import GROUPS
 from whalepod.train.metrics import synchronize
@@ -102,7 +102,7 @@ def wrong_collectives(axis: Axis, device: torch.device) -> list[str]:
         "all_reduce": (lambda: axis.all_reduce(mine.clone()), total),
         "all_gather": (lambda: into(axis.gather_into, n * ELEMENTS, mine[:ELEMENTS].clone()), gathered),
         "reduce_scatter": (lambda: into(axis.reduce_scatter_into, ELEMENTS, mine), total[part]),
-        "all_to_all": (lambda: wait(axis.start_all_to_all(sent, split, split)), received),
+        "all_to_all": (lambda: axis.wait(axis.start_all_to_all(sent, split, split)), received),
         "broadcast": (lambda: axis.broadcast(mine.clone(), n - 1), base * factors[n - 1]),
         "send": (lambda: into(axis.shift_into, n * ELEMENTS, mine), base * factors[rank - 1]),
     }

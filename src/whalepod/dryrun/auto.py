@@ -22,7 +22,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from whalepod.dryrun.role import measure
-from whalepod.parallel import checkpoint
+from whalepod.parallel.checkpoint_files import steps_saved
 from whalepod.parallel.mesh import local_device, open_mesh
 from whalepod.parallel.parallelize import seeded
 from whalepod.spec.counts import GIB
@@ -126,7 +126,7 @@ def write_choice(choice: Choice) -> None:
 def _before(config: RunConfig) -> RunConfig | None:
     """The choice of a run that this one goes on from."""
     folder = Path(config.out)
-    if not checkpoint.steps_saved(folder / "checkpoints") or not (folder / "run.yaml").is_file():
+    if not steps_saved(folder / "checkpoints") or not (folder / "run.yaml").is_file():
         return None
     old = load_run(folder / "run.yaml").layout
     same = config.with_layout(micro_batch=old.micro_batch, recompute=old.recompute)

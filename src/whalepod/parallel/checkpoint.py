@@ -1,59 +1,32 @@
-"""Checkpoints: torch's distributed checkpoint in safetensors files, resumable under another layout.
+"""The tensors of a training state as torch's distributed checkpoint takes them, and how they are read.
 
-A checkpoint is a folder `step_00000100` holding every rank's parts (weights in FP32, moments,
-selection biases) and `state.json`. A part is a box of a whole tensor, whichever axes of a layout cut
-it out, so any other layout finds its own parts in it. It is written under a temporary name and
-renamed when whole, so a crash at any moment leaves the previous one. Nothing in it is a pickle.
+A checkpoint is a folder `step_00000100` that holds every rank's parts: weights in FP32, moments, selection
+biases (`checkpoint_files.py` says how it stays whole, `checkpoint_writer.py` writes it). A part is a box of a
+whole tensor, whichever axes of a layout cut it out, so any other layout finds its own parts in it. All are in
+safetensors files. Nothing in a checkpoint is a pickle.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from whalepod.parallel.comm import Axis
+from whalepod.parallel.checkpoint_files import Progress, read_progress
 from whalepod.parallel.parallelize import Parallel
 from whalepod.parallel.state import Piece, TrainingState
 from whalepod.spec.errors import UserError
-
-_NAME = re.compile(r"step_(\d{8})")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: everything that is not a tensor."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    skipped: int = 0  # steps that changed nothing, for NaN or infinite gradients
-
-
-def path_of(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:08d}"
-
-
-def steps_saved(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints in a folder, ascending."""
-    if not folder.is_dir():
-        return []
-    names = (_NAME.fullmatch(p.name) for p in folder.iterdir() if (p / "state.json").is_file())
-    return sorted(int(match.group(1)) for match in names if match)
 
 
 class Part(Tensor):
@@ -111,34 +84,6 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
-def save(
-    folder: Path,
-    progress: Progress,
-    parallel: Parallel,
-    optimizer: torch.optim.Optimizer,
-    keep: int,
-) -> Path:
-    """Writes a checkpoint from all ranks, then removes all but the newest `keep`. Returns its path."""
-    world: Axis = parallel.mesh.world
-    final = path_of(folder, progress.step)
-    unfinished = final.with_suffix(".unfinished")
-    if world.rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    world.barrier()
-    writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-    with _quiet():
-        dcp.save(tensors(parallel, optimizer), storage_writer=writer, no_dist=world.size == 1)
-    if world.rank == 0:
-        (unfinished / "state.json").write_text(json.dumps(asdict(progress)))
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        for step in steps_saved(folder)[:-keep]:
-            shutil.rmtree(path_of(folder, step))
-    world.barrier()
-    return final
-
-
 def load(path: Path, parallel: Parallel, optimizer: torch.optim.Optimizer) -> Progress:
     """Fills a training state from a checkpoint written under any layout."""
     progress = read_progress(path)
@@ -148,25 +93,15 @@ def load(path: Path, parallel: Parallel, optimizer: torch.optim.Optimizer) -> Pr
     return progress
 
 
-def read_progress(path: Path) -> Progress:
-    try:
-        values = json.loads((path / "state.json").read_text())
-        skipped = int(values.get("skipped", 0))
-        return Progress(int(values["step"]), int(values["tokens"]), float(values["seconds"]), skipped)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {path} has no readable state.json: {error}") from None
-
-
 def read_tensors(path: Path, into: Mapping[str, Tensor], no_dist: bool = True) -> None:
     """Fills `into` in place from a checkpoint; each rank reads what it holds.
 
-    Raises UserError naming the first tensor that is missing or has another shape.
+    Raises UserError naming the first tensor that is missing or has another shape, and for files that are not
+    what they should be, whoever wrote them.
     """
     reader = HuggingFaceStorageReader(str(path))
-    try:
+    with _reading(path):
         stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    except Exception as error:  # safetensors raises its own type for a torn file
-        raise UserError(f"checkpoint {path} cannot be read: {error}") from None
     for name, tensor in into.items():
         if name not in stored:
             raise UserError(f"checkpoint {path} is of another model: it has no {name!r}")
@@ -175,8 +110,19 @@ def read_tensors(path: Path, into: Mapping[str, Tensor], no_dist: bool = True) -
                 f"checkpoint {path} is of another model: {name!r} has shape {list(stored[name].size)} there, "
                 f"{list(tensor.size())} here"
             )
-    with _quiet():
+        if sum(prod(chunk.sizes) for chunk in stored[name].chunks) != prod(stored[name].size):
+            raise UserError(f"checkpoint {path} cannot be read: it holds {name!r} only in part, or twice")
+    with quiet(), _reading(path):
         dcp.load(dict(into), storage_reader=reader, no_dist=no_dist)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever safetensors and torch raise for what they did not expect
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"checkpoint {path} cannot be read: {text}") from None
 
 
 def _prime(optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -195,7 +141,7 @@ def _prime(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     # DCP remarks on single-process use and on its own deprecations at every call.
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level

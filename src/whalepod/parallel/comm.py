@@ -12,6 +12,7 @@ recomputation keeps their results instead of communicating again: `SAVED_BY_RECO
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,12 +55,27 @@ class Traffic:
     Payload: the tensor of an all-reduce or broadcast, the result of an all-gather, the input of a
     reduce-scatter or all-to-all, what a send sends. `paused` while results are replayed, not sent; `passing`
     while what arrives is only passed on, so that recomputation need not keep it.
+
+    waiting: the (axis, operation) that this rank is held up by right now, for the others to come.
+    waited_s: seconds it has been held up so, in all; of what a GPU waits for its host knows nothing.
     """
 
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
     paused: bool = False
     passing: bool = False
+    waiting: tuple[str, str] | None = None
+    waited_s: float = 0.0
+
+    @contextmanager
+    def held_up(self, axis: str, op: str) -> Iterator[None]:
+        """While a collective, or the wait for one, does not return."""
+        self.waiting, start = (axis, op), time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waiting = None
+            self.waited_s += time.perf_counter() - start
 
     @contextmanager
     def only_passed_on(self, so: bool) -> Iterator[None]:
@@ -90,7 +106,8 @@ class Axis:
         """Sums in place over the axis and returns the tensor."""
         if self.size > 1:
             self.traffic.add(self.name, "all_reduce", tensor)
-            dist.all_reduce(tensor, group=self.group)
+            with self.traffic.held_up(self.name, "all_reduce"):
+                dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def start_all_reduce(self, tensor: Tensor) -> dist.Work | None:
@@ -98,20 +115,21 @@ class Axis:
         if self.size == 1:
             return None
         self.traffic.add(self.name, "all_reduce", tensor)
-        return dist.all_reduce(tensor, group=self.group, async_op=True)
+        return self._started("all_reduce", dist.all_reduce(tensor, group=self.group, async_op=True))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the axis as a new tensor; not differentiable."""
         if self.size == 1:
             return tensor
         self.traffic.add(self.name, "all_reduce", tensor)
-        return _ops.wait_tensor(_ops.all_reduce(tensor, "sum", self._group_name))
+        return self.wait(_ops.all_reduce(tensor, "sum", self._group_name), "all_reduce")
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """Fills the tensor in place with that of the axis's rank `source`, and returns it."""
         if self.size > 1:
             self.traffic.add(self.name, "broadcast", tensor)
-            dist.broadcast(tensor, group=self.group, group_src=source)
+            with self.traffic.held_up(self.name, "broadcast"):
+                dist.broadcast(tensor, group=self.group, group_src=source)
         return tensor
 
     def gather(self, tensor: Tensor, dim: int = 0) -> Tensor:
@@ -141,12 +159,16 @@ class Axis:
     def gather_into(self, out: Tensor, tensor: Tensor, async_op: bool = False) -> dist.Work | None:
         """Fills flat `out` with every rank's flat `tensor`."""
         self.traffic.add(self.name, "all_gather", out)
-        return dist.all_gather_single(out, tensor, group=self.group, async_op=async_op)
+        with self.traffic.held_up(self.name, "all_gather"):
+            work = dist.all_gather_single(out, tensor, group=self.group, async_op=async_op)
+        return self._started("all_gather", work)
 
     def reduce_scatter_into(self, out: Tensor, tensor: Tensor, async_op: bool = False) -> dist.Work | None:
         """Fills flat `out` with this rank's part of the sum of flat `tensor`."""
         self.traffic.add(self.name, "reduce_scatter", tensor)
-        return dist.reduce_scatter_single(out, tensor, group=self.group, async_op=async_op)
+        with self.traffic.held_up(self.name, "reduce_scatter"):
+            work = dist.reduce_scatter_single(out, tensor, group=self.group, async_op=async_op)
+        return self._started("reduce_scatter", work)
 
     def shift_into(self, out: Tensor, tensor: Tensor) -> None:
         """Sends `tensor` to the next rank and fills `out` with that of the one before."""
@@ -163,8 +185,9 @@ class Axis:
             dist.P2POp(dist.isend, tensor, group=self.group, group_peer=there),
             dist.P2POp(dist.irecv, out, group=self.group, group_peer=back),
         ]
-        for work in dist.batch_isend_irecv(ops):
-            work.wait()
+        with self.traffic.held_up(self.name, "send"):
+            for work in dist.batch_isend_irecv(ops):
+                work.wait()
 
     def all_gather_floats(self, values: list[float]) -> list[list[float]]:
         """Every rank's few figures, by rank: for logs."""
@@ -194,7 +217,16 @@ class Axis:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier(group=self.group)
+            with self.traffic.held_up(self.name, "barrier"):
+                dist.barrier(group=self.group)
+
+    def wait(self, tensor: Tensor, op: str = "all_to_all") -> Tensor:
+        """The result of a collective that was started on this axis, ready to be read."""
+        with self.traffic.held_up(self.name, op):
+            return _ops.wait_tensor(tensor)
+
+    def _started(self, op: str, work: dist.Work | None) -> dist.Work | None:
+        return None if work is None else _Work(work, self, op)
 
     @property
     def _group_name(self) -> str:
@@ -204,7 +236,7 @@ class Axis:
     def _gathered(self, tensor: Tensor, dim: int) -> Tensor:
         out = _ops.all_gather_into_tensor(tensor.contiguous(), self.size, self._group_name)
         self.traffic.add(self.name, "all_gather", out)
-        out = _ops.wait_tensor(out)
+        out = self.wait(out, "all_gather")
         return out if dim == 0 else torch.cat(out.chunk(self.size), dim=dim)
 
     def _reduced(self, tensor: Tensor, dim: int) -> Tensor:
@@ -212,14 +244,20 @@ class Axis:
         if dim != 0:
             tensor = torch.cat(tensor.chunk(self.size, dim=dim))
         self.traffic.add(self.name, "reduce_scatter", tensor)
-        return _ops.wait_tensor(
-            _ops.reduce_scatter_tensor(tensor.contiguous(), "sum", self.size, self._group_name)
-        )
+        out = _ops.reduce_scatter_tensor(tensor.contiguous(), "sum", self.size, self._group_name)
+        return self.wait(out, "reduce_scatter")
 
 
-def wait(tensor: Tensor) -> Tensor:
-    """The result of a started collective, ready to be read."""
-    return _ops.wait_tensor(tensor)
+class _Work(dist.Work):
+    """A collective under way; whoever waits for it is seen to."""
+
+    def __init__(self, work: dist.Work, axis: Axis, op: str) -> None:
+        super().__init__()
+        self._work, self._axis, self._op = work, axis, op
+
+    def wait(self, *timeout: Any) -> bool:
+        with self._axis.traffic.held_up(self._axis.name, self._op):
+            return self._work.wait(*timeout)
 
 
 class _Moved(torch.autograd.Function):

@@ -19,8 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from whalepod.parallel import shm
 from whalepod.parallel.comm import Axis, Traffic
+from whalepod.parallel.rounds import round_store
 from whalepod.spec.errors import UserError
 from whalepod.spec.layout import GROUPS, Layout
+
+_FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+"""NCCL's own record of collectives, written to /tmp/nccl_trace_rank_* when one times out."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,15 @@ def open_world(device: torch.device) -> Iterator[None]:
     """The group of all processes that a launcher has started, ended on the way out."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else shm.register())
+        for name, value in _FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value)
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else shm.register(),
+        store=round_store(store, rank, size),
+        rank=rank,
+        world_size=size,
+    )
     try:
         yield
     finally:

@@ -11,7 +11,9 @@ from torch import Tensor
 from whalepod.models.lora import A, B, add_adapters, is_adapter
 from whalepod.models.moe import routers
 from whalepod.models.transformer import Transformer
-from whalepod.parallel.checkpoint import Part, path_of, read_tensors, saved_buffers, steps_saved
+from whalepod.parallel.checkpoint import Part, read_tensors, saved_buffers
+from whalepod.parallel.checkpoint_files import newest_whole
+from whalepod.parallel.comm import Axis
 from whalepod.parallel.sharding import Box
 from whalepod.parallel.state import Piece
 from whalepod.parallel.weights_initial import StoredWeights
@@ -96,7 +98,7 @@ def read_model(folder: Path, spec: ModelSpec) -> Transformer:
 
 
 def _newest(folder: Path) -> Path:
-    saved = steps_saved(folder / "checkpoints")
-    if not saved:
+    path = newest_whole(folder / "checkpoints", Axis("alone"))
+    if path is None:
         raise UserError(f"the run in {folder} has no checkpoint yet")
-    return path_of(folder / "checkpoints", saved[-1])
+    return path

@@ -134,7 +134,14 @@ class LossConfig(_Section):
 class TrainConfig(_Section):
     """Length of the run and what happens along it. memory_gib: what `auto` may use of each device; null is
     what is free of a GPU's, or this process's share of the machine's. start_from: a Hugging Face folder whose
-    weights the run begins with (fine-tuning); its model and its tokenizer are then the defaults."""
+    weights the run begins with (fine-tuning); its model and its tokenizer are then the defaults.
+
+    checkpoint_every: steps between checkpoints (0: only at the end). keep_checkpoints: how many of the newest
+    stay; keep_checkpoint_every: and those of every so many steps (0: none). checkpoint_async: written while
+    training goes on, from a copy in the host's memory.
+    max_restarts: how often local workers are started again when one dies (torchrun has its own
+    --max-restarts). hang_after_s: how long no rank may move before the job ends with a report. max_skipped:
+    steps in a row with NaN or infinite gradients that end the run."""
 
     steps: int = Field(default=200, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -142,6 +149,11 @@ class TrainConfig(_Section):
     evaluate_sequences: int = Field(default=32, ge=1)
     checkpoint_every: int = Field(default=100, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoint_every: int = Field(default=0, ge=0)
+    checkpoint_async: bool = True
+    max_restarts: int = Field(default=3, ge=0)
+    hang_after_s: float = Field(default=600.0, gt=0)
+    max_skipped: int = Field(default=10, ge=1)
     memory_gib: float | None = Field(default=None, gt=0)
     start_from: str | None = None
 

@@ -17,6 +17,7 @@ Names: N tokens in the file, L sequence length, W windows, B sequences in a batc
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ class TokenFiles:
 
     train: TokenFile
     validation: TokenFile
+
+    @property
+    def sha256(self) -> str:
+        """Of both: the same where two runs train and are measured on the same tokens."""
+        return hashlib.sha256(f"{self.train.sha256} {self.validation.sha256}".encode()).hexdigest()
 
 
 def open_tokens(path: str | Path, tokenizer: Tokenizer | None = None) -> TokenFile:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import signal
+import socket
 import statistics
 import time
 from collections import Counter
@@ -15,9 +18,11 @@ from torch import Tensor
 
 from whalepod.models.lora import is_adapter
 from whalepod.parallel import checkpoint
-from whalepod.parallel.checkpoint import Progress
+from whalepod.parallel.checkpoint_files import Progress, newest_whole
+from whalepod.parallel.checkpoint_writer import Checkpointer
 from whalepod.parallel.mesh import Mesh, local_device, open_mesh
 from whalepod.parallel.parallelize import DTYPES, Initial, seeded
+from whalepod.parallel.watchdog import Watchdog
 from whalepod.parallel.weights_initial import StoredWeights
 from whalepod.spec.counts import train_flops
 from whalepod.spec.errors import UserError
@@ -37,8 +42,11 @@ from whalepod.train.metrics import (
 from whalepod.train.predict import Prediction, predict
 from whalepod.train.schedule import Course
 from whalepod.train.step import TrainStep
+from whalepod.train.stop import StopRequest
+from whalepod.train.stragglers import Stragglers
 
-MAX_SKIPPED_IN_A_ROW = 10
+log = logging.getLogger(__name__)
+
 WARMUP_TIMED_STEPS = 2
 COUNTED_STEP = 2
 
@@ -49,7 +57,8 @@ class RunResult:
 
     traffic_bytes_per_step: what the first handed to collectives in the last step, by axis/operation.
     counted_gib: allocated at the peak of a step; empty after a run of fewer than four. predicted: the
-    planner's figures from before the run.
+    planner's figures from before the run. stopped_by: the signal that ended it, a checkpoint saved, if one
+    did. failed_checkpoints: that could not be written.
     """
 
     folder: str
@@ -66,6 +75,8 @@ class RunResult:
     traffic_bytes_per_step: dict[str, int] = field(default_factory=dict)
     counted_gib: list[float] = field(default_factory=list)
     predicted: Prediction | None = None
+    stopped_by: str | None = None
+    failed_checkpoints: int = 0
 
     @property
     def bytes_by_axis(self) -> dict[str, int]:
@@ -79,12 +90,21 @@ class RunResult:
 class Trainer:
     """Model, optimiser and data of one rank. `run` trains to the end; `step` is one step of it."""
 
-    def __init__(self, config: RunConfig, spec: ModelSpec, files: TokenFiles, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        spec: ModelSpec,
+        files: TokenFiles,
+        mesh: Mesh,
+        stop: StopRequest | None = None,
+    ) -> None:
         self.config, self.spec, self.mesh = config, spec, mesh
         self.layout: Layout = config.make_layout()
         self.folder = Path(config.out)
-        self.progress = Progress()
+        self.progress = Progress(text=files.sha256)
+        self.stop = stop or StopRequest()
         self._skipped_in_a_row = 0
+        _check_text(files.sha256, mesh)
         length = config.data.sequence_length
         self.extra = 1 + spec.num_nextn_predict_layers
         self.data = PackedTokens(files.train.path, length, config.train.seed, self.extra)
@@ -96,6 +116,13 @@ class Trainer:
         self.work = TrainStep(config, spec, mesh, initial, files.train.eos_id)
         self.parallel, self.optimizer = self.work.parallel, self.work.optimizer
         self.course = Course(config)
+        self.checkpoints = Checkpointer(
+            self.folder / "checkpoints",
+            self.parallel,
+            self.optimizer,
+            config.train.keep_checkpoints,
+            config.train.keep_checkpoint_every,
+        )
 
     @property
     def _sequences_seen(self) -> int:
@@ -104,19 +131,20 @@ class Trainer:
 
     def restore(self) -> None:
         """Takes up the newest whole checkpoint of the run's folder, if there is one."""
-        folder = self.folder / "checkpoints"
-        if saved := checkpoint.steps_saved(folder):
-            path = checkpoint.path_of(folder, saved[-1])
-            self.progress = checkpoint.load(path, self.parallel, self.optimizer)
+        path = newest_whole(self.folder / "checkpoints", self.mesh.world)
+        if path is None:
+            return
+        progress = checkpoint.load(path, self.parallel, self.optimizer)
+        if progress.text and progress.text != self.progress.text:
+            raise UserError(
+                f"the text has changed since checkpoint {path}, so its data order is lost: bring it back, "
+                "choose another folder as out, or --restart"
+            )
+        self.progress = replace(progress, text=self.progress.text)
 
-    def save(self) -> None:
-        checkpoint.save(
-            self.folder / "checkpoints",
-            self.progress,
-            self.parallel,
-            self.optimizer,
-            self.config.train.keep_checkpoints,
-        )
+    def save(self) -> Path:
+        """A checkpoint, now. Raises UserError where it cannot be written."""
+        return self.checkpoints.save(self.progress)
 
     def step(self) -> tuple[Tensor, Tensor, float]:
         """One optimiser step. Returns the global sums of main and MTP loss per token, and the norm."""
@@ -130,9 +158,10 @@ class Trainer:
         else:
             self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
             self._skipped_in_a_row += 1
-            if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            if self._skipped_in_a_row == self.config.train.max_skipped:
+                self.checkpoints.finish()
                 raise UserError(
-                    f"{MAX_SKIPPED_IN_A_ROW} steps in a row, the last {self.progress.step}, had NaN or "
+                    f"{self._skipped_in_a_row} steps in a row, the last {self.progress.step}, had NaN or "
                     "infinite gradients; a lower optimizer.learning_rate or a longer "
                     "schedule.warmup_steps may help"
                 )
@@ -184,18 +213,25 @@ class Trainer:
         moved: Counter[tuple[str, str]] = Counter()
         loss, validation = float("nan"), None
         first_step = self.progress.step
+        stopped: str | None = None
+        stragglers = self._stragglers()
+        watchdog = Watchdog(self.mesh, self.parallel.parts, config.train.hang_after_s)
         try:
-            while self.progress.step < end:
+            watchdog.start()
+            while self.progress.step < end and stopped is None:
+                watchdog.step = self.progress.step + 1
                 # By the third step all that stays has been made; it is counted, if another can be timed.
                 counts = self.progress.step == first_step + COUNTED_STEP < end - 1
                 tokens_in_step = self.course.batch(self.progress.step) * length
-                bytes_before, start = Counter(self.mesh.traffic.bytes), time.perf_counter()
+                bytes_before, waited_before = Counter(self.mesh.traffic.bytes), self.mesh.traffic.waited_s
+                start = time.perf_counter()
                 if counts:
                     (loss, mtp, norm, load), peak_bytes = counted_step(self.work, self._balanced_step)
                 else:
                     loss, mtp, norm, load = self._balanced_step()
                 seconds = time.perf_counter() - start
                 moved = self.mesh.traffic.bytes - bytes_before
+                own_s = seconds - (self.mesh.traffic.waited_s - waited_before)
                 if not counts:
                     timed.append((seconds, tokens_in_step / seconds))
                 rate = self.optimizer.param_groups[0]["lr"]
@@ -208,8 +244,15 @@ class Trainer:
                 step = self.progress.step
                 last = step == end
                 validation = self.evaluate() if last or _due(step, config.train.evaluate_every) else None
-                memory = max(row[0] for row in axis.all_gather_floats([peak_memory_gib(self.mesh.device)]))
+                mine = [peak_memory_gib(self.mesh.device), own_s, self.stop.number, self.checkpoints.status]
+                memories, own_times, signals, written = zip(*axis.all_gather_floats(mine), strict=True)
+                self.checkpoints.settle(written)
+                slowest, slow = stragglers.add(step, own_times)
+                if asked := int(max(signals)):
+                    stopped = signal.Signals(asked).name
                 if reporter is not None:
+                    for line in slow:
+                        log.warning(line)
                     reporter.step(
                         StepMetrics(
                             step=step,
@@ -221,16 +264,22 @@ class Trainer:
                             step_s=seconds,
                             tokens_per_s=tokens_in_step / seconds,
                             mfu=flops.total * tokens_in_step / seconds / peak,
-                            memory_gib=memory,
+                            memory_gib=max(memories),
                             expert_load_worst=load.worst if load else None,
                             expert_load_mean=load.mean if load else None,
                             skipped_steps=self.progress.skipped,
                             validation_loss=validation,
+                            slowest_over_median=slowest,
                         )
                     )
-                if last or _due(step, config.train.checkpoint_every):
+                if last or stopped is not None:
                     self.save()
+                elif _due(step, config.train.checkpoint_every):
+                    self.checkpoints.start(self.progress, config.train.checkpoint_async)
+                    if not config.train.checkpoint_async:
+                        self.checkpoints.finish()
         finally:
+            watchdog.end()
             if reporter is not None:
                 reporter.close()
         timed = timed[WARMUP_TIMED_STEPS:] or timed or [(float("nan"), float("nan"))]
@@ -254,6 +303,8 @@ class Trainer:
             traffic_bytes_per_step={f"{name}/{op}": count for (name, op), count in moved.items()},
             counted_gib=[] if peak_bytes is None else [row[2] for row in memory_rows],
             predicted=predicted,
+            stopped_by=stopped,
+            failed_checkpoints=self.checkpoints.failures,
         )
         if self.mesh.is_first:
             (self.folder / "result.json").write_text(json.dumps(asdict(result), indent=1))
@@ -263,6 +314,11 @@ class Trainer:
         main, mtp, norm = self.step()
         load = self.work.balance(norm, self.course.bias_speed(self.progress.step))
         return main.item(), mtp, norm, load
+
+    def _stragglers(self) -> Stragglers:
+        stages = {tuple(self.layout.group("stage", rank)) for rank in range(self.mesh.world.size)}
+        names = [name.decode() for name in self.mesh.world.share(socket.gethostname().encode())]
+        return Stragglers(sorted(stages), names)
 
     def _predict(self) -> Prediction | None:
         """The planner's figures, written into the run's folder too; it knows of no frozen weights."""
@@ -286,10 +342,23 @@ def _started(stored: Initial, fresh: Initial) -> Initial:
 def run_rank(config: RunConfig, files: TokenFiles, until: int | None, quiet: bool) -> RunResult:
     """The whole life of one rank: mesh, trainer, the newest checkpoint if there is one, run."""
     device = local_device(config.device)
-    with open_mesh(config.make_layout(), device) as mesh:
-        trainer = Trainer(config, config.model_spec(), files, mesh)
+    stop = StopRequest()
+    with stop.listening(), open_mesh(config.make_layout(), device) as mesh:
+        trainer = Trainer(config, config.model_spec(), files, mesh, stop)
         trainer.restore()
         return trainer.run(until, quiet)
+
+
+def _check_text(sha256: str, mesh: Mesh) -> None:
+    """Raises UserError where hosts have prepared different tokens."""
+    told = mesh.world.share(f"{sha256} {socket.gethostname()}".encode())
+    for rank, each in enumerate(told):
+        other, host = each.decode().split(" ", 1)
+        if other != told[0].decode().split(" ", 1)[0]:
+            raise UserError(
+                f"the tokens of rank {rank} (host {host}) are not those of rank 0: every host must have the "
+                "same text and tokenizer"
+            )
 
 
 def _due(step: int, every: int) -> bool:

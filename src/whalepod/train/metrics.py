@@ -16,13 +16,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from whalepod.precision.widened import widen_products
+from whalepod.text.tokenizer import write_atomically
 
 GIB = 2.0**30
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of `metrics.jsonl`. Losses are nats per token; memory is the largest of all workers'."""
+    """One line of `metrics.jsonl`. Losses are nats per token; memory is the largest of all workers'.
+
+    slowest_over_median: time of the slowest worker's own work over that of its pipeline stage's median."""
 
     step: int
     tokens: int
@@ -38,6 +41,7 @@ class StepMetrics:
     expert_load_mean: float | None
     skipped_steps: int
     validation_loss: float | None = None
+    slowest_over_median: float = 1.0
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
@@ -145,7 +149,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _truncate(path: Path, step: int) -> None:
     """Drops lines after `step`: a resumed run writes them again."""
     rows = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _board(folder: Path, start_step: int) -> Any:

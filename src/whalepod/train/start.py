@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from whalepod.models.lora import add_adapters
 from whalepod.models.transformer import Transformer
-from whalepod.parallel import checkpoint, processes, shm
+from whalepod.parallel import processes, shm
+from whalepod.parallel.checkpoint_files import damage, path_of, steps_saved
 from whalepod.parallel.mesh import world_size
+from whalepod.parallel.watchdog import Hung
 from whalepod.parallel.weights_files import copy_companions
 from whalepod.parallel.weights_initial import StoredWeights
 from whalepod.spec.errors import UserError
@@ -29,10 +32,20 @@ from whalepod.spec.model import ModelSpec, to_config
 from whalepod.spec.run import RunConfig, dump_run, load_run
 from whalepod.text.chat import ChatTemplate
 from whalepod.text.sources import Progress
-from whalepod.text.tokenizer import Tokenizer, check_vocab, load_tokenizer, train_tokenizer
+from whalepod.text.tokenizer import (
+    Tokenizer,
+    check_vocab,
+    load_tokenizer,
+    train_tokenizer,
+    write_atomically,
+)
 from whalepod.train.data import PackedTokens, TokenFiles
 from whalepod.train.loop import RunResult, run_rank
+from whalepod.train.metrics import read_metrics
 from whalepod.train.prepare import prepare
+from whalepod.train.stop import passed_on
+
+log = logging.getLogger(__name__)
 
 _USER_MISTAKE = "user mistake: "
 _CONSEQUENCE = re.compile(r"is gone|broken|Connection closed|Signal \d+ \(SIGTERM\)")
@@ -50,7 +63,8 @@ def train(
 
     Under torchrun (RANK is set) this process joins as that rank. Otherwise a layout of one device
     runs here and a larger one on local workers. A folder that holds checkpoints of the same model
-    is taken up where it stood, unless `restart`, which deletes it. Raises UserError for bad input.
+    is taken up where it stood, unless `restart`, which deletes it. Raises UserError for bad input, and
+    `Stopped` when SIGTERM or Ctrl-C has ended it.
     """
     spec = config.model_spec()
     layout = config.make_layout()
@@ -74,15 +88,28 @@ def train(
     is_first = is_first_rank()
     folder = Path(config.out)
     if is_first:
-        _check_folder(folder, spec, config, restart)
+        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        _check_folder(folder, spec, config, restart and not again)
     tokenizer, files = prepare_data(config, spec, progress)
     if is_first:
         write_run(folder, config, spec, tokenizer)
     if under_launcher or layout.num_devices == 1:
         with _threads(config.threads_per_worker):
-            return run_rank(config, files, until, quiet)
-    compile_once(progress)
-    return _local_workers(config, files, until, quiet)
+            result = run_rank(config, files, until, quiet)
+    else:
+        compile_once(progress)
+        result = _local_workers(config, files, until, quiet)
+    if result.stopped_by is not None:
+        raise Stopped(result)
+    return result
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended a run, with a checkpoint; result: what it brought until then."""
+
+    def __init__(self, result: RunResult) -> None:
+        super().__init__(f"ended by {result.stopped_by}")
+        self.result = result
 
 
 def is_first_rank() -> bool:
@@ -129,8 +156,8 @@ def write_run(folder: Path, config: RunConfig, spec: ModelSpec, tokenizer: Token
         folder.mkdir(parents=True, exist_ok=True)
         if config.train.start_from is not None:
             copy_companions(Path(config.train.start_from), folder)
-        (folder / "config.json").write_text(json.dumps(to_config(spec), indent=1))
-        (folder / "run.yaml").write_text(dump_run(_found_from_anywhere(config)))
+        write_atomically(folder / "config.json", json.dumps(to_config(spec), indent=1))
+        write_atomically(folder / "run.yaml", dump_run(_found_from_anywhere(config)))
     except OSError as error:
         raise UserError(f"cannot write the run's folder {folder}: {error.strerror}") from None
     tokenizer.save(folder)
@@ -153,7 +180,7 @@ def _check_folder(folder: Path, spec: ModelSpec, config: RunConfig, restart: boo
     if restart:
         shutil.rmtree(folder)
         return
-    saved = checkpoint.steps_saved(folder / "checkpoints")
+    saved = steps_saved(folder / "checkpoints")
     if not saved:
         return
     before = load_run(folder / "run.yaml")
@@ -175,7 +202,7 @@ def _check_folder(folder: Path, spec: ModelSpec, config: RunConfig, restart: boo
             f"out: {folder} holds checkpoints of a run with other data or another seed; "
             "choose another folder or --restart"
         )
-    if saved[-1] >= config.train.steps:
+    if saved[-1] >= config.train.steps and damage(path_of(folder / "checkpoints", saved[-1])) is None:
         raise UserError(
             f"out: {folder} is already trained to step {saved[-1]} of {config.train.steps}; "
             "raise train.steps, choose another folder, or --restart"
@@ -206,8 +233,26 @@ def compile_once(progress: Progress | None) -> None:
 
 
 def _local_workers(config: RunConfig, files: TokenFiles, until: int | None, quiet: bool) -> RunResult:
+    """Starts them again, from the newest checkpoint, when one has died."""
     num_workers, threads = config.make_layout().num_devices, worker_threads(config)
-    return start_workers(num_workers, threads, _worker, config.model_dump_json(), files, until, quiet)[0]
+    most = config.train.max_restarts
+    for restart in range(1, most + 2):
+        try:
+            job = config.model_dump_json(), files, until, quiet
+            return start_workers(num_workers, threads, _worker, *job)[0]
+        except WorkerFailed as error:
+            if restart > most or not (error.killed or _steps_done(config)):
+                raise
+            reason = str(error).splitlines()[0]
+            log.warning("%s; the workers start again, %d of %d times", reason, restart, most)
+    raise AssertionError
+
+
+def _steps_done(config: RunConfig) -> bool:
+    """Whether the run has come further than its newest checkpoint: else an exception will come again."""
+    metrics, folder = Path(config.out) / "metrics.jsonl", Path(config.out) / "checkpoints"
+    rows = read_metrics(metrics) if metrics.exists() else []
+    return bool(rows) and rows[-1]["step"] > max(steps_saved(folder), default=0)
 
 
 def worker_threads(config: RunConfig) -> int | None:
@@ -238,14 +283,17 @@ def start_workers(num_workers: int, threads: int | None, worker: Callable[..., A
         max_restarts=0,
         monitor_interval=0.1,
         start_method=processes.START_METHOD,
+        signals_to_handle="SIGHUP,SIGQUIT",  # `passed_on` has the others
     )
     processes.context()
-    with _environment("OMP_NUM_THREADS", None if threads is None else str(threads)):
+    with _environment("OMP_NUM_THREADS", None if threads is None else str(threads)), passed_on() as asked:
         function, arguments = processes.as_here(worker, *args, threads)
         try:
             with _quiet_launcher():
                 results = elastic_launch(launch, function)(*arguments)
         except ChildFailedError as error:
+            if asked.number:
+                raise UserError(f"ended by {signal.Signals(asked.number).name}") from None
             raise _explain(error) from None
     return [results[rank] for rank in range(num_workers)]
 
@@ -287,6 +335,12 @@ def _quiet_launcher() -> Iterator[None]:
             logger.setLevel(level)
 
 
+class WorkerFailed(RuntimeError):
+    """A local worker raised an exception; killed: or was ended by a signal, or hung."""
+
+    killed: bool = False
+
+
 def _explain(error: ChildFailedError) -> Exception:
     """What went wrong first: not a worker that lost its peer, or was ended for its sake."""
     told: list[tuple[int, int, str, str]] = []
@@ -299,7 +353,9 @@ def _explain(error: ChildFailedError) -> Exception:
         trace = str(details.get("extraInfo", {}).get("py_callstack", ""))
         told.append((bool(_CONSEQUENCE.search(text)), rank, f"exit code {failure.exitcode}): {text}", trace))
     _, rank, text, trace = min(told)
-    problem = RuntimeError(f"worker {rank} failed ({text}")
+    problem = WorkerFailed(f"worker {rank} failed ({text}")
+    consequence = bool(_CONSEQUENCE.search(text))
+    problem.killed = text.startswith("exit code -") or Hung.__name__ in text or consequence
     problem.add_note(trace)
     return problem
 

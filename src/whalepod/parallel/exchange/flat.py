@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from whalepod.parallel.comm import Axis, wait
+from whalepod.parallel.comm import Axis
 from whalepod.parallel.exchange.fan import fan_to_picks
 from whalepod.parallel.exchange.trip import Exchange, Leg, Route
 from whalepod.spec.layout import Wire
@@ -36,7 +36,7 @@ class Flat(Exchange):
         send = torch.zeros(self.ep.size, dtype=torch.int64, device=ids_TK.device)
         send.scatter_add_(0, rank_of_pick, torch.ones_like(rank_of_pick))
         one_each = [1] * self.ep.size
-        receive = wait(self.ep.start_all_to_all(send, one_each, one_each))
+        receive = self.ep.wait(self.ep.start_all_to_all(send, one_each, one_each))
         return FlatSplits(*self.known(send, receive))
 
     def route(self, ids_TK: Tensor, num_local: int) -> Route:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from whalepod.parallel.comm import Axis, keep, wait
+from whalepod.parallel.comm import Axis, keep
 from whalepod.parallel.exchange.fan import Fan
 from whalepod.parallel.exchange.landing import Landing, land
 from whalepod.parallel.exchange.overlap import Overlapped
@@ -126,7 +126,7 @@ class Trip:
             leg = self.route.onward(keep(self.parcel.ids(parcels)))
             self.legs.append(leg)
             # Unopened: what was rounded at the source is not rounded again.
-            parcels = wait(leg.there(leg.fan.spread(parcels), "dispatch"))
+            parcels = leg.axis.wait(leg.there(leg.fan.spread(parcels), "dispatch"))
         ids_RM = self.parcel.ids(parcels) - self.rank * self.num_local
         self.landing = land(ids_RM, self.num_local, self.route.num_picks)
         return self.landing.sort(self.parcel.decode(parcels), self.parcel.weights(parcels))
@@ -134,7 +134,7 @@ class Trip:
     def turn_back(self, grad_ND: Tensor, grad_weights_N: Tensor) -> None:
         grads = self.landing.sort_back(grad_ND, grad_weights_N)
         for leg in reversed(self.legs[1:]):
-            grad_SD, grad_SM = self._grads(wait(leg.back(pack_grads(*grads), "dispatch_backward")))
+            grad_SD, grad_SM = self._grads(leg.axis.wait(leg.back(pack_grads(*grads), "dispatch_backward")))
             grads = leg.fan.collect(grad_SD), leg.fan.collect(grad_SM)
         self.in_flight = self.legs[0].back(pack_grads(*grads), "dispatch_backward")
 
@@ -148,12 +148,12 @@ class Trip:
     def combine(self, y_ND: Tensor) -> Tensor:
         y = self.landing.collect(y_ND)
         for leg in reversed(self.legs):
-            y = leg.fan.collect(wait(leg.back(y, "combine")))
+            y = leg.fan.collect(leg.axis.wait(leg.back(y, "combine")))
         return y
 
     def spread(self, grad_TD: Tensor) -> Tensor:
         for leg in self.legs:
-            grad_TD = wait(leg.there(leg.fan.spread(grad_TD), "combine_backward"))
+            grad_TD = leg.axis.wait(leg.there(leg.fan.spread(grad_TD), "combine_backward"))
         return self.landing.spread(grad_TD)
 
     def _passed_on(self) -> AbstractContextManager[None]:
@@ -171,5 +171,5 @@ class Trip:
 
     def _landed(self) -> Tensor:
         assert self.in_flight is not None
-        landed, self.in_flight = wait(self.in_flight), None
+        landed, self.in_flight = self.legs[0].axis.wait(self.in_flight), None
         return landed

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from whalepod.parallel.comm import Axis, wait
+from whalepod.parallel.comm import Axis
 from whalepod.parallel.exchange.fan import fan_to_columns
 from whalepod.parallel.exchange.trip import Exchange, Leg, Route
 from whalepod.spec.layout import Wire
@@ -55,9 +55,9 @@ class TwoHop(Exchange):
         rail_send = reached.any(2).sum(0)
         per_rank = torch.stack([reached.sum(0), picks.sum(0).view(nodes, places)])  # [2, nodes, places]
         told = torch.cat([rail_send.unsqueeze(1), *per_rank], dim=1)
-        heard = wait(self.rail.start_all_to_all(told, [1] * nodes, [1] * nodes))
+        heard = self.rail.wait(self.rail.start_all_to_all(told, [1] * nodes, [1] * nodes))
         node_told = heard[:, 1:].sum(0).view(2, places).T.contiguous()  # rows and picks, to each place
-        node_heard = wait(self.node.start_all_to_all(node_told, [1] * places, [1] * places))
+        node_heard = self.node.wait(self.node.start_all_to_all(node_told, [1] * places, [1] * places))
         lists = self.known(rail_send, heard[:, 0], node_told[:, 0], node_heard[:, 0], node_heard[:, 1])
         return TwoHopSplits(*lists[:4], picks=sum(lists[4]))
 
