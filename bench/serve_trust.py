@@ -27,10 +27,10 @@ from whalepod.models.transformer import initial_value
 from whalepod.parallel.inference import spread
 from whalepod.parallel.mesh import local_device, open_mesh
 from whalepod.parallel.parallelize import DTYPES
+from whalepod.serve import native
 from whalepod.serve.core import PAGE_SIZE, CoreConfig
 from whalepod.serve.fleet import Fleet
 from whalepod.serve.generate import usual_dtype
-from whalepod.serve.packed import pack
 from whalepod.serve.predict import predict
 from whalepod.serve.request import Request
 from whalepod.serve.start import EngineConfig, serving_layout
@@ -72,7 +72,7 @@ def worker(
         )
         if dtype == "bf16":
             for part in inference.stages.values():
-                pack(part)
+                native.use(part)
         pages = max(CONCURRENCY) * (-(-(prompt + new) // PAGE_SIZE) + 1)
         fleet = Fleet(inference, CoreConfig(2 * pages))
         if not mesh.is_first:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from whalepod.calibrate.kernels import DTYPES, Progress, Sizes, median_seconds, short
-from whalepod.models.attention import MLAttention
 from whalepod.models.transformer import initial_value
 from whalepod.parallel.inference import Inference, spread
 from whalepod.parallel.mesh import Groups, Mesh, make_mesh
+from whalepod.serve import native
 from whalepod.serve.core import PAGE_SIZE, CoreConfig
 from whalepod.serve.fleet import Fleet
-from whalepod.serve.packed import pack, packs_here
+from whalepod.serve.generate import usual_dtype
 from whalepod.serve.paged import PagedCache
 from whalepod.serve.request import Request
 from whalepod.serve.scheduler import Run, Sequence
@@ -48,7 +48,7 @@ WARM = 4
 
 def usual_precision() -> Precision:
     """In which the engine serves on this CPU (`serve.generate.usual_dtype`)."""
-    return "bf16" if packs_here() else "fp32"
+    return usual_dtype(load_model_spec("v3-mini"), "cpu")
 
 
 def time_serving(sizes: Sizes, report: Progress) -> Served:
@@ -80,13 +80,12 @@ def time_products(sizes: Sizes) -> tuple[Thin, ...]:
 
 def _linears(inner: int, columns: int, count: int, dtype: torch.dtype) -> list[nn.Module]:
     model = nn.Sequential(*(nn.Linear(inner, columns, bias=False, dtype=dtype) for _ in range(count)))
-    return [*_packed(model)]  # type: ignore[misc]
+    return [*_served(model)]  # type: ignore[misc]
 
 
-def _packed(model: Any) -> Any:
+def _served(model: Any) -> Any:
     model.requires_grad_(False)
-    if usual_precision() == "bf16":
-        pack(model)
+    native.use(model)
     return model
 
 
@@ -101,20 +100,15 @@ def time_attention(sizes: Sizes) -> tuple[Decoded, ...]:
     for heads, rank, rope in ((4, 64, 16), (4, 512, 64), (16, 512, 64)):
         spec = _spec(1, 0, 1).with_(num_attention_heads=heads, kv_lora_rank=rank, qk_rope_head_dim=rope)
         inference = _model(spec, make_mesh(serving_layout(), torch.device("cpu")))
-        (attention,) = inference.layers
-        assert isinstance(attention, MLAttention)
         for requests in (1, 8):
-            few, many = (
-                _attended(inference, attention, requests, pages * PAGE_SIZE, budget_s) for pages in (1, 17)
-            )
+            few, many = (_attended(inference, requests, pages * PAGE_SIZE, budget_s) for pages in (1, 17))
             flops = 4 * requests * heads * (rank + rope) * 16 * PAGE_SIZE
             out.append(Decoded(requests, heads, rank + rope, short(flops / max(many - few, many / 10))))
     return tuple(out)
 
 
-def _attended(
-    inference: Inference, attention: MLAttention, requests: int, keys: int, budget_s: float
-) -> float:
+def _attended(inference: Inference, requests: int, keys: int, budget_s: float) -> float:
+    """A layer, in which each of `requests` writes behind so many tokens."""
     pages = keys // PAGE_SIZE
     cache = PagedCache(inference, requests * pages, PAGE_SIZE, mtp=False)
     runs = []
@@ -122,13 +116,12 @@ def _attended(
         sequence = Sequence([0] * keys, keys, keys + 1, computed=keys - 1)
         sequence.holding.pages = [*range(index * pages, (index + 1) * pages)]
         runs.append(Run(sequence, keys - 1, 1, (), True))
-    a = attention.config
-    heads = inference.spec.num_attention_heads
+    tokens = torch.zeros(requests, dtype=torch.int64)
+    positions, step = torch.full_like(tokens, keys - 1), cache.step(runs)
     with torch.inference_mode():
-        q = torch.ones(1, requests, heads, a.qk_head_dim, dtype=inference.dtype)
-        kv = torch.ones(1, requests, a.latent_dim, dtype=inference.dtype)
-        attend = cache.step(runs).attend
-        return median_seconds(lambda: attend(attention, q, kv), torch.device("cpu"), budget_s)
+        return median_seconds(
+            lambda: inference.hidden(tokens, positions, step), torch.device("cpu"), budget_s
+        )
 
 
 def time_steps(sizes: Sizes) -> tuple[EngineStep, ...]:
@@ -184,5 +177,5 @@ def _model(spec: ModelSpec, mesh: Mesh) -> Inference:
     dtype = DTYPES[usual_precision()]
     found = spread(spec, mesh, dtype, lambda name, box: initial_value(name, box.whole, spec, 0, box.slices))
     for part in found.stages.values():
-        _packed(part)
+        _served(part)
     return found
