@@ -70,9 +70,8 @@ def worker(
         inference = spread(
             spec, mesh, DTYPES[dtype], lambda name, box: initial_value(name, box.whole, spec, 0, box.slices)
         )
-        if dtype == "bf16":
-            for part in inference.stages.values():
-                native.use(part)
+        for part in inference.stages.values():
+            native.use(part)
         pages = max(CONCURRENCY) * (-(-(prompt + new) // PAGE_SIZE) + 1)
         fleet = Fleet(inference, CoreConfig(2 * pages))
         if not mesh.is_first:

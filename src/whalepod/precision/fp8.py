@@ -129,7 +129,8 @@ def _chunks(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def as_blocks(x: Tensor, block: Block) -> Tensor:
     """[..., out, in] -> [..., block rows, rows in one, block columns, columns in one]; zeros fill edges."""
-    block = (min(block[0], x.shape[-2]), min(block[1], x.shape[-1]))  # one that is larger has no more to hold
+    # A larger one has no more to hold; there may be no rows at all.
+    block = (max(1, min(block[0], x.shape[-2])), max(1, min(block[1], x.shape[-1])))
     missing = (-x.shape[-1] % block[1], -x.shape[-2] % block[0])
     if any(missing):
         x = F.pad(x, (0, missing[0], 0, missing[1]))
