@@ -211,7 +211,7 @@ def _is_whole(part: Transformer) -> bool:
     def has_moves(module: nn.Module) -> bool:
         return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
-    return all(
+    return bool(_layers(part)) and all(  # a pipeline's last stage may be the head alone
         isinstance(layer.self_attn, MLAttention)
         and not (isinstance(layer.mlp, MoELayer) and type(layer.mlp.dispatcher) is not LocalDispatcher)
         and not any(has_moves(m) for m in layer.modules())
