@@ -5,79 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from whalepod.parallel.checkpoint_files import newest_whole, steps_saved
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+from jobs import Job  # pyright: ignore[reportMissingImports]
+
+from whalepod.parallel.checkpoint_files import newest_whole
 from whalepod.parallel.comm import Axis
-from whalepod.train.metrics import read_metrics
 
 ENDLESS = 100_000
-PATIENCE_S = 240  # of a loaded machine
-
-
-class Job:
-    """One command (or several that belong together) training over two workers, and what it has written."""
-
-    def __init__(self, folder: Path, commands: list[list[str]]) -> None:
-        self.folder = folder
-        self.errors = [folder.with_name(f"{folder.name}-{i}.err") for i in range(len(commands))]
-        self.processes = [
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors.open("w"), text=True)
-            for command, errors in zip(commands, self.errors, strict=True)
-        ]
-
-    def rows(self) -> list[dict[str, Any]]:
-        path = self.folder / "metrics.jsonl"
-        return read_metrics(path) if path.exists() else []
-
-    def wait_until(self, what: Callable[[], Any]) -> Any:
-        end = time.monotonic() + PATIENCE_S
-        while not (found := what()):
-            assert time.monotonic() < end, self.told()
-            assert all(process.poll() is None for process in self.processes), self.told()
-            time.sleep(0.05)
-        return found
-
-    def reach(self, step: int) -> None:
-        self.wait_until(lambda: (rows := self.rows()) and rows[-1]["step"] >= step)
-
-    def saved(self) -> int:
-        return max(steps_saved(self.folder / "checkpoints"), default=0)
-
-    def workers(self) -> list[int]:
-        """Processes at the ends of the tree that train."""
-        children: dict[int, list[int]] = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                except (OSError, IndexError):
-                    continue
-                children.setdefault(parent, []).append(int(entry.name))
-        found, todo = [], [process.pid for process in self.processes if process.poll() is None]
-        while todo:
-            pid = todo.pop()
-            below = children.get(pid, [])
-            todo += below
-            with suppress(FileNotFoundError):
-                if not below and b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.append(pid)
-        return sorted(found)
-
-    def told(self) -> str:
-        return "\n".join(errors.read_text()[-3000:] for errors in self.errors)
-
-    def end(self) -> list[int]:
-        return [process.wait(PATIENCE_S) for process in self.processes]
 
 
 @pytest.fixture
@@ -98,11 +40,7 @@ def started(
 
     yield start
     for job in jobs:
-        if any(process.poll() is None for process in job.processes):
-            for pid in [*job.workers(), *(process.pid for process in job.processes)]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        job.end()
+        job.kill()
 
 
 LOCAL = [sys.executable, "-m", "whalepod", "train", "{}"]
