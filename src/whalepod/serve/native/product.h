@@ -5,6 +5,10 @@
 // of x. A sum over k has one order, whatever rows are beside it: a token's numbers do not depend on the batch.
 #pragma once
 
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -26,6 +30,7 @@ constexpr int64_t kLanes = 16, kMost = 6;  // rows of x at once: as many sums as
 constexpr int64_t kLanes = 8, kMost = 3;
 #endif
 constexpr int64_t kFew = 4;     // rows of a weight at once
+constexpr int64_t kAhead = 8;   // rows before they are needed, memory is asked for them
 constexpr int64_t kChunk = 32;  // rows of a weight that one thread takes
 constexpr int64_t kPanel = 66;  // rows of x that stay in the second cache
 constexpr int64_t kTile = 128;  // columns that share a scale
@@ -50,7 +55,9 @@ inline uint16_t to_bf16(float value) {  // to the nearest, ties to even
 
 // One row in FP32, and zeros up to a whole number of lanes. `out` has room for them.
 inline void widen_row(const Weight& w, int64_t row, float* out) {
-  const int64_t n = w.cols;
+  const int64_t n = w.cols, bytes = n * (w.kind == kF32 ? 4 : w.kind == kBF16 ? 2 : 1);
+  const char* ahead = static_cast<const char*>(w.data) + (row + kAhead) * bytes;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
   if (w.kind == kF32) {
     std::memcpy(out, static_cast<const float*>(w.data) + row * n, 4 * n);
   } else if (w.kind == kBF16) {
@@ -86,18 +93,39 @@ inline float sum_of(Lanes v) {
   return part[0];
 }
 
-template <int64_t M>
-inline void rows_times(const float* w, int64_t k, const float* x, int64_t x_step, float* out, int64_t out_step,
+inline Lanes lanes(const float* x) {
+  Lanes out;
+  std::memcpy(&out, x, sizeof out);
+  return out;
+}
+
+inline Lanes lanes(const uint16_t* x) {  // BF16
+#if defined(__AVX512F__)
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#elif defined(__AVX2__)
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return (Lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+#else
+  float out[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) out[i] = from_bf16(x[i]);
+  return lanes(out);
+#endif
+}
+
+// Four rows of w, FP32 or BF16, times M rows of x; k is a whole number of lanes.
+template <int64_t M, typename T>
+inline void rows_times(const T* w, int64_t k, const float* x, int64_t x_step, float* out, int64_t out_step,
                        int64_t n) {
   Lanes sums[kFew][M] = {};
   for (int64_t i = 0; i < k; i += kLanes) {
     Lanes right[M];
 #pragma GCC unroll 6
-    for (int64_t m = 0; m < M; ++m) std::memcpy(&right[m], x + m * x_step + i, sizeof(Lanes));
+    for (int64_t m = 0; m < M; ++m) right[m] = lanes(x + m * x_step + i);
 #pragma GCC unroll 4
     for (int64_t r = 0; r < kFew; ++r) {
-      Lanes left;
-      std::memcpy(&left, w + r * k + i, sizeof(Lanes));
+      const Lanes left = lanes(w + r * k + i);
+      if constexpr (sizeof(T) == 2) __builtin_prefetch(w + (r + kAhead) * k + i);
 #pragma GCC unroll 6
       for (int64_t m = 0; m < M; ++m) sums[r][m] += left * right[m];
     }
@@ -111,8 +139,9 @@ inline void rows_times(const float* w, int64_t k, const float* x, int64_t x_step
     for (int64_t r = 0; r < n; ++r) out[m * out_step + r] = found[r][m];
 }
 
-// `n` (at most four) widened rows times `count` rows of x.
-inline void times_few(const float* w, int64_t k, const float* x, int64_t x_step, int64_t count, float* out,
+// `n` (at most four) rows times `count` rows of x.
+template <typename T>
+inline void times_few(const T* w, int64_t k, const float* x, int64_t x_step, int64_t count, float* out,
                       int64_t out_step, int64_t n) {
   int64_t m = 0;
   for (; m + kMost <= count; m += kMost)
@@ -127,6 +156,14 @@ inline void times_rows(const Weight& w, int64_t first, int64_t last, const float
                        int64_t count, float* out, int64_t out_step) {
   static thread_local std::vector<float> scratch;
   const int64_t k = padded(w.cols);
+  if (w.kind == kBF16 && k == w.cols && (last - first) % kFew == 0 && count <= kMost) {
+    // So few that it is not worth a detour through the cache.
+    const uint16_t* rows = static_cast<const uint16_t*>(w.data);
+    for (int64_t row = first; row < last; row += kFew) {
+      times_few(rows + row * k, k, x, x_step, count, out + row, out_step, kFew);
+    }
+    return;
+  }
   if (static_cast<int64_t>(scratch.size()) < kFew * k) scratch.assign(kFew * k, 0);
   for (int64_t m = 0; m < count; m += kPanel) {
     for (int64_t row = first; row < last; row += kFew) {
