@@ -3,9 +3,10 @@
     python bench/chaos.py [--train 36] [--links 4] [--serve 12] [--seed 0]
 
 Training: a small V3 on two workers, six faults a run at random steps. A run that a fault ended is started
-again by the same command, as its user would. When it is through, the loss and gradient norm of every step must
-be those of the undisturbed run, to the bit. Links: the same under torchrun over two hosts (namespaces) whose
-link is cut. Serving: the same model on two workers; answers must be those of before, or errors that say so.
+again by the same command, as its user would. When it is through, the loss and gradient norm of every step
+must be those of the undisturbed run, to the bit. Links: the same under torchrun over two hosts (namespaces)
+whose link is cut. Serving: the same model on two workers; answers must be those of before, or errors that
+say so.
 
 Prints a row a fault, and writes results/chaos.json. Without root there is no full disk and no link.
 """
@@ -164,7 +165,7 @@ def losses(job: Job) -> list[tuple[int, float, float]]:
 def disturbed(
     place: Path, text: Path, names: list[str], rng: random.Random
 ) -> tuple[Job, list[dict[str, Any]]]:
-    """A run through all of these faults, in this order, and how long after each it was further than before."""
+    """A run through all of these faults in this order; when it was further than before each."""
     command = write_job(place, text)
     job, rows = Job(place, [command]), []
     for index, name in enumerate(names):
