@@ -95,4 +95,4 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path, capsys) -> None:
     assert "no checkpoint yet" in refused(capsys, "generate", tmp_path, "--prompt", "a")
     (tmp_path / "checkpoints" / "step_00000005").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_00000005" / "state.json").write_text("{}")
-    assert "another model" in refused(capsys, "generate", tmp_path, "--prompt", "a")
+    assert "none of the 1 checkpoints" in refused(capsys, "generate", tmp_path, "--prompt", "a")

@@ -140,7 +140,7 @@ def test_linear_multiplies_the_dequantised_weight() -> None:
     assert torch.equal(out, F.linear(x, w, linear.bias))
     out.sum().backward()
     torch.testing.assert_close(x.grad, w.sum(0).expand(5, -1))
-    assert set(dict(linear.named_parameters())) == {"bias", "weight_fp8", "weight_scale_inv"}
+    assert set(dict(linear.named_parameters())) == {"bias", "weight_stored", "weight_scale_inv"}
     assert [n for n, p in linear.named_parameters() if p.requires_grad] == ["bias"]
 
 
@@ -151,7 +151,7 @@ def test_casting_and_moving_keep_the_bits() -> None:
     for change in (model.float, model.double, lambda: model.to("cpu", torch.float16), model.bfloat16):
         change()
         assert model[0].weight.dtype == model[0].bias.dtype
-        for name in ("weight_fp8", "weight_scale_inv"):
+        for name in ("weight_stored", "weight_scale_inv"):
             old, new = getattr(before[0], name), getattr(model[0], name)
             assert old.dtype == new.dtype
             assert torch.equal(old.view(torch.uint8), new.view(torch.uint8))
@@ -193,7 +193,7 @@ def test_what_deepseek_leaves_high_stays() -> None:
     use_fp8_storage(model, BLOCKS)
     assert model.layers[0].self_attn.q_a_proj.weight.shape == (20, 36)
     assert model.layers[0].self_attn.q_a_proj.weight.is_meta
-    kept = {n for n, p in model.named_parameters() if not n.endswith(("_fp8", "_scale_inv"))}
+    kept = {n for n, p in model.named_parameters() if not n.endswith(("_stored", "_scale_inv"))}
     kept = {n.split(".", 2)[-1] if n.startswith(("layers", "mtp")) else n for n in kept}
     assert kept == {
         "embed_tokens.weight",
@@ -210,6 +210,6 @@ def test_what_deepseek_leaves_high_stays() -> None:
             "mlp.gate.weight",
         )),
     }  # fmt: skip
-    num_stored = len([n for n, _ in model.named_parameters() if n.endswith("_fp8")])
+    num_stored = len([n for n, _ in model.named_parameters() if n.endswith("_stored")])
     use_fp8_storage(model, BLOCKS)
-    assert len([n for n, _ in model.named_parameters() if n.endswith("_fp8")]) == num_stored
+    assert len([n for n, _ in model.named_parameters() if n.endswith("_stored")]) == num_stored
