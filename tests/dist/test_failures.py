@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,6 @@ def test_two_hosts_under_torchrun_come_back(started: Any) -> None:
 def test_a_stopped_rank_is_named(started: Any) -> None:
     job = started([LOCAL], {"max_restarts": 0, "hang_after_s": 3.0})
     job.reach(3)
-    time.sleep(6)  # until every rank has told where it stands, for the first time
     stopped = job.workers()[-1]
     os.kill(stopped, signal.SIGSTOP)
     job.wait_until(lambda: "not arrived: rank" in job.told())

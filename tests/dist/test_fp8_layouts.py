@@ -102,7 +102,8 @@ def test_fp8_is_the_same_under_every_layout(rows: list[dict[str, Any]], axes: di
     cuts = axes.keys() & {"tp", "cp", "wire"}
     for each in rows:
         row, rounding = each[parity.label(axes)], each["bf16"]
-        assert row.loss < (max(3e-4, rounding.loss) if cuts else 1e-6)
+        # Where a token has gone to another expert (`load`), no more than FP8 itself changes.
+        assert row.loss < (max(3e-4, rounding.loss) if cuts and row.load else 3e-4 if cuts else 1e-6)
         assert row.gradient < (rounding.gradient if cuts else 1e-2)
         assert row.norm < (rounding.norm if cuts else 1e-4)
 

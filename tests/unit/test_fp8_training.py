@@ -286,7 +286,7 @@ def test_which_layers_compute_in_fp8() -> None:
 
 def test_a_models_loss_and_gradients_stay_near_bf16s() -> None:
     generator = torch.Generator().manual_seed(5)
-    rows = torch.randint(0, 256, (4, 66), generator=generator)
+    rows = torch.randint(0, 256, (16, 66), generator=generator)  # fewer: gates see chance
     found: dict[str, tuple[float, dict[str, Tensor]]] = {}
     for name in ("bf16", "fp8"):
         model = small()
@@ -303,7 +303,7 @@ def test_a_models_loss_and_gradients_stay_near_bf16s() -> None:
     assert high.keys() == low.keys()
     for name, gradient in high.items():
         cosine = F.cosine_similarity(gradient.double().flatten(), low[name].double().flatten(), dim=0)
-        assert cosine > 0.93, name  # 0.9475 for a gate on CPUs without BF16 instructions
+        assert cosine > 0.95, name
 
 
 @pytest.mark.parametrize("power", [-126, -20, 0, 6, 7, 100, 118])

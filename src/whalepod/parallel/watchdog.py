@@ -78,6 +78,8 @@ class Watchdog:
             # A connection of its own: the training thread may sit in the other one.
             store: Any = dist.distributed_c10d._get_default_store()
             store = dist.PrefixStore("watchdog", store.clone())
+            # At once: a rank that stops before its first beat is to be named too.
+            self._tell(store, self._standing(0, 0.0, ()))
             self._thread = threading.Thread(target=self._watch, args=(store,), name="watchdog", daemon=True)
             self._thread.start()
 
@@ -100,13 +102,16 @@ class Watchdog:
             standing = self._standing(beat, time.monotonic() - since, frames)
             del frames
             try:
-                store.set(str(standing.rank), json.dumps(asdict(standing)))
+                self._tell(store, standing)
                 if standing.still_s >= self._limit_s and time.monotonic() > not_before:
                     self._judge(store, standing)
                     not_before = time.monotonic() + self._limit_s / 4
             except RuntimeError as error:  # the store is gone, and with it its host
                 if standing.still_s >= self._limit_s:
                     self._leave(f"{_told(standing)}; the job's store does not answer: {error}")
+
+    def _tell(self, store: Store, standing: Standing) -> None:
+        store.set(str(standing.rank), json.dumps(asdict(standing)))
 
     @property
     def _traffic(self) -> Traffic:
