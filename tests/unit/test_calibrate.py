@@ -7,20 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from whalepod import cli
-from whalepod.calibrate import profile
+from whalepod.calibrate import profile, serving
 from whalepod.calibrate.kernels import Sizes
 from whalepod.calibrate.run import calibrate
+from whalepod.parallel.mesh import make_mesh
 from whalepod.planner.measured import collective_curves, collective_seconds, fitted_shares
 from whalepod.planner.plan import time_layout
 from whalepod.planner.search import TrainingJob
 from whalepod.planner.software import load_software
 from whalepod.planner.training import STEP_OVERHEAD_S
 from whalepod.serve.predict import predict
-from whalepod.serve.start import EngineConfig
+from whalepod.serve.start import EngineConfig, serving_layout
 from whalepod.spec.errors import UserError
 from whalepod.spec.hardware import Cluster, Gpu, load_gpu, override_gpu, parse_gpus, spelled_gpu
 from whalepod.spec.layout import Layout
@@ -234,3 +236,9 @@ def test_the_command_prints_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "memory, GB/s" in result.output
     assert "desk.yaml" in result.output
     assert load_gpu("desk").measured is not None
+
+
+def test_the_engines_steps_have_room_for_all_that_the_full_budget_writes() -> None:
+    alone = make_mesh(serving_layout(), torch.device("cpu"))
+    found = serving._step(alone, 1, 0, 1, requests=2, budget_s=Sizes().budget_s)
+    assert found.seconds > 0

@@ -142,13 +142,15 @@ def _step(mesh: Mesh, dense: int, expert: int, experts: int, requests: int, budg
     spec, layout = _spec(dense, expert, experts), mesh.layout
     inference = _model(spec, mesh)
     new = WARM + max(4, round(200 * budget_s))
-    fleet = Fleet(inference, CoreConfig(requests, max_running=requests))
+    prompt = 3
+    pages = requests * -(-(prompt + new) // PAGE_SIZE)  # no request waits for another's
+    fleet = Fleet(inference, CoreConfig(pages, max_running=requests))
     if not mesh.is_first:
         fleet.follow()
         seconds = 1.0
     else:
         for number in range(requests * layout.num_replicas):
-            fleet.add(Request((1 + number, 2, 3), new))
+            fleet.add(Request((1 + number, *[2] * (prompt - 1)), new))
         seconds = statistics.median(_each(fleet)[WARM:])
         fleet.stop()
     return EngineStep(dense, expert, experts, requests, layout.tp, layout.ep, short(seconds))

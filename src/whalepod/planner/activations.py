@@ -39,7 +39,8 @@ class Framework:
 
     logits: bytes per logit from the loss to the head's backward pass. 2: a fused loss that turns BF16 logits
     into their gradient in place; 6: FP32 softmax beside BF16 gradient (unfused). 0: a loss in slices that
-    keeps the gradients of the head's input and weight instead (`models.loss`).
+    keeps the gradients of the head's input and weight instead (`models.loss`). loss_slice: logits of such a
+    slice, in compute precision and in FP32.
     dummy_gradients: weights' gradients are added to FP32 sums by the product itself, and autograd is handed
     one unused tensor per distinct weight shape, which stays (`get_dummy_wgrad`). Else a weight's gradient
     exists in compute precision for a moment.
@@ -60,6 +61,7 @@ class Framework:
     """
 
     logits: float = 2
+    loss_slice: int = 0
     dummy_gradients: bool = True
     regathers: bool = True
     ring: bool = True
@@ -77,6 +79,7 @@ class Framework:
 MEGATRON = Framework()
 OWN = Framework(
     logits=0,
+    loss_slice=1 << 22,
     dummy_gradients=False,
     regathers=False,
     ring=False,
@@ -154,9 +157,9 @@ class Activations:
 
     def attention(self, recompute: Mapping[str, Column]) -> Parts:
         """The first half of a block: norm, attention, and the residual stream before it."""
-        again = recompute["norms"] | recompute["all"]
+        kept = self._norm_input() + np.where(recompute["norms"], 0, self._norm_output())
         return {
-            "norms": self._norm_input() + np.where(again, 0, self._norm_output()),
+            "norms": np.where(recompute["all"], self.ts * self.spec.hidden_size * self.b, kept),
             "attention": np.where(recompute["all"], 0, self._attention(recompute)),
         }
 

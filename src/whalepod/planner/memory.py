@@ -229,8 +229,11 @@ class _Work:
             loss = logits + ends + (self._a.t * (1 + (c.tp > 1)) * spec.hidden_size * self._a.b)[rows, None]
         else:  # one FP32 sum of the head's gradient, rounded when whole and kept, as the input's is
             logits = (1 + depths) * (ends + (self._a.t * spec.hidden_size * self._a.b)[rows, None])
-            # ... beside one slice's gradient of the head.
-            loss = logits + vocabulary * spec.hidden_size * 4.0 + ends
+            # ... beside one slice's logits and gradient of the head.
+            a = self._a
+            largest = np.maximum(vocabulary, self.framework.loss_slice // vocabulary * vocabulary)
+            slices = np.minimum(a.t[rows, None] * vocabulary, largest) * (4.0 + a.b[rows, None])
+            loss = logits + vocabulary * spec.hidden_size * 4.0 + ends + slices
         # A schedule that runs every forward pass first keeps every loss; others go back at once.
         waiting = (in_flight * layers.head[:, None]).max((1, 2)) if self._all_first(rows) else has["head"]
         out["logits"] = np.maximum(waiting - 1, 0) * logits
@@ -252,7 +255,7 @@ class _Work:
         # has any arrived.
         sent = out.pop("sent")
         late = np.broadcast_to(self.framework.late_gradients, sent.shape)
-        alone = late & ((c.accumulation <= 1) & (c.zero > 1) & (c.fsdp > 1))[rows, None]
+        alone = late & ((c.accumulation <= 1) & (c.fsdp > 1))[rows, None]
         passing = np.where(late, sent + out.pop("passing"), 0)
         # One micro-batch's activations go as its blocks' gradients come.
         rest = np.maximum(out["gradients"] - out["activations"], 0)

@@ -49,8 +49,10 @@ def _widened(name: str, results: int) -> Callable[..., Any]:
     original = torch.library.get_kernel(f"aten::{name}", "CPU").call_boxed
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        # A product with one or two rows reads its matrix once: there torch has vectors for BF16 too.
-        if args[0].dtype != torch.bfloat16 or (name == "mm" and len(args[0]) <= 2):
+        # A product with one or two rows reads its matrix once: there torch has vectors for BF16 too. Without
+        # rows (experts that no token chose) nothing is worth widening.
+        x = args[0]
+        if x.dtype != torch.bfloat16 or not x.numel() or (name == "mm" and len(x) <= 2):
             return original(keys, *args, **kwargs)
         out = kwargs.pop("out", None)
         wide = [a.float() if isinstance(a, Tensor) and a.dtype == torch.bfloat16 else a for a in args]

@@ -2,8 +2,8 @@
 
 A step: the first rank tells everyone what is new (requests, those that end); everyone plans the next runs of
 every replica, alike; each replica's ranks run theirs through the model; the replicas tell each other the
-tokens that were picked, and everyone writes them down. A replica with nothing to run takes part all the same,
-with one token that is nobody's, for its experts may be wanted. What travels between ranks besides activations
+tokens that were picked, and everyone writes them down. Where replicas share experts, one with nothing to run
+takes part all the same, with one token that is nobody's, for its experts may be wanted. What travels between ranks besides activations
 is JSON of a few hundred bytes.
 """
 
@@ -34,6 +34,7 @@ class Fleet:
         mesh, layout = inference.mesh, inference.mesh.layout
         self.spec, self.config, self.make_mask = inference.spec, config, make_mask
         self._world, self._own = mesh.world, mesh["dp"].rank
+        self._shares_experts = layout.ep > 1
         self.cores = [Core(inference.spec, config) for _ in range(layout.num_replicas)]
         self._runner = Runner(inference, config.num_pages, config.page_size, config.speculate)
         places = [layout.place(rank) for rank in range(layout.num_devices)]
@@ -121,7 +122,8 @@ class Fleet:
         if not any(runs for runs, _ in plans):
             return []
         runs, jobs = plans[self._own]
-        own = self._runner.run(runs, [job.wish for job in jobs])
+        wanted = runs or self._shares_experts
+        own = self._runner.run(runs, [job.wish for job in jobs]) if wanted else []
         # Of one replica too: equal logits need not draw equal tokens on every device.
         everyones = self._exchanged(own) if self._world.size > 1 else [own]
         changed = []

@@ -128,7 +128,7 @@ class NativeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         count = x.numel() // self.held.cols
-        if _is_torchs(self, x, count):
+        if not count or _is_torchs(self, x, count):
             return super().forward(x)
         x, out = x.contiguous(), x.new_empty(*x.shape[:-1], self.held.rows)
         library().whalepod_linear(
@@ -148,6 +148,8 @@ class NativeExperts(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         count = len(rows.x_ND)
+        if not count:
+            return torch.empty_like(rows.x_ND)
         if _is_torchs(self, rows.x_ND, count // len(self.held)):
             return super().forward(rows)
         x, weights = rows.x_ND.contiguous(), rows.weights_N.float().contiguous()
@@ -163,7 +165,7 @@ def _native(mixin: type[nn.Module], base: type[nn.Module]) -> Any:
 
 def _is_torchs(module: nn.Module, x: Tensor, count: int) -> bool:
     large = count >= MANY and x.dtype == torch.bfloat16 and not isinstance(module, FP8Storage)
-    return not count or (large and multiplies_bf16())
+    return large and multiplies_bf16()
 
 
 def _stored(module: Any, name: str) -> tuple[Any, Any]:
