@@ -2,7 +2,7 @@
 form, interleaved.
 
     python bench/serve_peers.py [--rounds 3] [--threads 2] [--batches 1 8 32] [--prompt 512] [--new 128]
-                                [--llama PATH] [--peers transformers] [--dtype bf16]
+                                [--llama PATH] [--peers transformers] [--dtype bf16] [--out FILE]
 
 The model has DeepSeek-V3's architecture with its true latent (rank 512 and 64 rotary) and 693M parameters,
 random weights, BF16. A round reads in and continues a batch of prompts with each; prefill ends with the first
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -134,7 +135,7 @@ def llama_arm(tree: Path, folder: Path, threads: int) -> Arm:
         "--outfile",
         str(model),
     ]
-    subprocess.run(convert, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(convert, check=True, capture_output=True)
 
     def run(prompts: list[list[int]], new: int) -> tuple[float, float]:
         batch, length = len(prompts), len(prompts[0])
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="source tree of llama.cpp with llama-batched-bench built")
     parser.add_argument("--peers", nargs="*", default=["transformers"], choices=["transformers"])
     parser.add_argument("--dtype", default="bf16", help="of whalepod's weights")
+    parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     folder = Path(tempfile.mkdtemp())
@@ -233,8 +235,9 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
                 flush=True,
             )
     save(
-        OUT,
+        asked.out,
         {
+            "command": shlex.join(["python", "bench/serve_peers.py", *sys.argv[1:]]),
             "threads": asked.threads,
             "dtype": asked.dtype,
             "read_gb_s": read,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
 from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
 from functools import cache, partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from whalepod.serve.paged import Step, multiplies_bf16
 log = logging.getLogger(__name__)
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
 MANY = 64  # rows from which a CPU that multiplies BF16 by itself is faster with torch's own products
+LARGE_PAGE, MADV_COLLAPSE = 1 << 21, 25  # asm-generic/mman-common.h, from Linux 6.1 on
 FLAGS = ("-fopenmp", "-ffp-contract=fast")  # torch has loaded the OpenMP that this then finds
 
 
@@ -118,6 +120,17 @@ def use(model: nn.Module) -> None:
             module.held = _experts(module)
     if isinstance(model, Transformer) and _is_whole(model):
         model._blocks = partial(_blocks, model, Decoder(model))  # type: ignore[method-assign]
+    for weight in model.parameters():
+        _take_large_pages(weight.data)
+
+
+def _take_large_pages(weight: Tensor) -> None:
+    """Puts what lies in pages of 4 KiB into pages of 2 MiB, where Linux has some: a step that reads all weights
+    asks for fewer addresses then. What the kernel does not do is no loss."""
+    first = -(-weight.data_ptr() // LARGE_PAGE) * LARGE_PAGE
+    length = (weight.data_ptr() + weight.nbytes - first) // LARGE_PAGE * LARGE_PAGE
+    if length > 0 and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(c_void_p(first), ctypes.c_size_t(length), MADV_COLLAPSE)
 
 
 class NativeLinear(nn.Module):
