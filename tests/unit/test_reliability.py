@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from whalepod.parallel.mesh import Mesh
 from whalepod.parallel.rounds import round_store
 from whalepod.parallel.watchdog import Standing, _missing, _summary
 from whalepod.spec.layout import Layout
+from whalepod.train.metrics import _Lines, read_metrics
 from whalepod.train.stragglers import SILENCE_STEPS, STEPS, Stragglers
 
 
@@ -76,3 +81,35 @@ def test_stragglers_are_named_after_a_while_and_not_again_at_once() -> None:
     assert "rank 2 (c) is slow" in told[0][1][0]
     assert watch.add(150, [1.0, 1.1, 2.0, 9.0])[0] == pytest.approx(2.0 / 1.1)
     assert all(not watch.add(step, [1.0, 1.0 + step % 2, 1.0, 1.0])[1] for step in range(200, 300))
+
+
+class _SmallDisk(io.FileIO):
+    """A file on a disk with so many bytes left."""
+
+    left = 0
+
+    def write(self, data: Any) -> int:
+        if not self.left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = super().write(bytes(data)[: self.left])
+        self.left -= written
+        return written
+
+
+def test_lines_that_a_full_disk_refuses_wait(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = _Lines(path, 0)
+    lines._file = disk = _SmallDisk(path, "r+b")
+    disk.left = 30
+    for step in range(1, 6):
+        lines.write(f'{{"step": {step}}}\n')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    assert caplog.text.count("cannot be written now") == 1
+    disk.left = 1000
+    lines.write('{"step": 6}\n')
+    lines.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+    resumed = _Lines(path, 4)
+    resumed.write('{"step": 5, "again": true}\n')
+    resumed.close()
+    assert read_metrics(path)[3:] == [{"step": 4}, {"step": 5, "again": True}]

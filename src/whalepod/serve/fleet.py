@@ -3,8 +3,8 @@
 A step: the first rank tells everyone what is new (requests, those that end); everyone plans the next runs of
 every replica, alike; each replica's ranks run theirs through the model; the replicas tell each other the
 tokens that were picked, and everyone writes them down. Where replicas share experts, one with nothing to run
-takes part all the same, with one token that is nobody's, for its experts may be wanted. What travels between ranks besides activations
-is JSON of a few hundred bytes.
+takes part all the same, with one token that is nobody's, for its experts may be wanted. What travels between
+ranks besides activations is JSON of a few hundred bytes.
 """
 
 from __future__ import annotations

@@ -125,8 +125,8 @@ def use(model: nn.Module) -> None:
 
 
 def _take_large_pages(weight: Tensor) -> None:
-    """Puts what lies in pages of 4 KiB into pages of 2 MiB, where Linux has some: a step that reads all weights
-    asks for fewer addresses then. What the kernel does not do is no loss."""
+    """Puts what lies in pages of 4 KiB into pages of 2 MiB, where Linux has some: a step that reads all
+    weights looks up fewer addresses then. What the kernel does not do is no loss."""
     first = -(-weight.data_ptr() // LARGE_PAGE) * LARGE_PAGE
     length = (weight.data_ptr() + weight.nbytes - first) // LARGE_PAGE * LARGE_PAGE
     if length > 0 and sys.platform == "linux":

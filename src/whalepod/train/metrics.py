@@ -7,6 +7,7 @@ import logging
 import resource
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from whalepod.precision.widened import widen_products
-from whalepod.text.tokenizer import write_atomically
 
 GIB = 2.0**30
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,8 @@ class Reporter:
     """Writes metrics of the first rank into the run's folder and shows progress on stderr."""
 
     def __init__(self, folder: Path, steps: int, start_step: int, label: str, quiet: bool) -> None:
-        self._path = folder / "metrics.jsonl"
-        _truncate(self._path, start_step)
-        self._file = self._path.open("a", buffering=1)
-        self._board = _board(folder / "tensorboard", start_step)
+        self._lines = _Lines(folder / "metrics.jsonl", start_step)
+        self._board = _Board(folder / "tensorboard", start_step)
         self._console = Console(stderr=True)
         self._quiet, self._steps, self._last_line = quiet, steps, 0.0
         self._bar: Progress | None = None
@@ -106,10 +105,8 @@ class Reporter:
 
     def step(self, metrics: StepMetrics) -> None:
         values = asdict(metrics)
-        self._file.write(json.dumps(values) + "\n")
-        for key, value in values.items():
-            if value is not None and key not in ("step", "tokens"):
-                self._board.add_scalar(key, value, metrics.step)
+        self._lines.write(json.dumps(values) + "\n")
+        self._board.step(metrics.step, {key: values[key] for key in values if key not in ("step", "tokens")})
         note = (
             f"loss {metrics.loss:.3f}  {metrics.tokens_per_s:,.0f} tokens/s  "
             f"MFU {metrics.mfu:.0%}  {metrics.memory_gib:.2f} GiB"
@@ -131,7 +128,7 @@ class Reporter:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-        self._file.close()
+        self._lines.close()
         self._board.close()
 
 
@@ -146,15 +143,59 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Drops lines after `step`: a resumed run writes them again."""
-    rows = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+class _Lines:
+    """`metrics.jsonl`, without what an earlier run wrote after `step`: a resumed run writes that again. Lines
+    that a full disk refuses wait, and go with later ones: no run ends for its log."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
+        self._path, self._waiting = path, b""
+        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        for _ in kept:
+            self._file.readline()
+        self._file.truncate(self._file.tell())
+
+    def write(self, line: str) -> None:
+        waited, self._waiting = bool(self._waiting), self._waiting + line.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not waited:
+                log.warning("%s cannot be written now, its lines wait: %s", self._path, error.strerror)
+
+    def close(self) -> None:
+        self.write("")
+        self._file.close()
 
 
-def _board(folder: Path, start_step: int) -> Any:
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)
-    from torch.utils.tensorboard import SummaryWriter
+class _Board:
+    """TensorBoard's file. What cannot be written is left out, and another file begun when it can."""
 
-    # purge_step makes TensorBoard forget what an interrupted run wrote after its last checkpoint.
-    return SummaryWriter(str(folder), purge_step=start_step + 1)
+    def __init__(self, folder: Path, start_step: int) -> None:
+        self._folder, self._open = folder, self._new(folder, start_step)
+
+    @staticmethod
+    def _new(folder: Path, start_step: int) -> Any:
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step makes TensorBoard forget what an interrupted run wrote after its last checkpoint.
+        try:
+            return SummaryWriter(str(folder), purge_step=start_step + 1)
+        except OSError:
+            return None
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        self._open = self._open or self._new(self._folder, step - 1)
+        try:
+            for key, value in values.items():
+                if value is not None and self._open is not None:
+                    self._open.add_scalar(key, value, step)
+        except OSError:  # of an earlier step: a thread writes
+            self._open = None
+
+    def close(self) -> None:
+        with suppress(OSError):
+            if self._open is not None:
+                self._open.close()
