@@ -84,7 +84,9 @@ def test_linear(rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_experts_with_idle_ones_and_rows_behind_the_last(dtype: torch.dtype) -> None:
+def test_experts_with_idle_ones_and_rows_behind_the_last(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     spec = load_model_spec("v3-mini").with_(**SPECS["v3"] | {"hidden_size": 128, "moe_intermediate_size": 64})
     experts = GroupedExperts(spec)
@@ -98,6 +100,12 @@ def test_experts_with_idle_ones_and_rows_behind_the_last(dtype: torch.dtype) -> 
     assert isinstance(experts, native.NativeExperts)
     assert near(experts(rows)[:15], expected, dtype)
     assert torch.equal(experts(rows)[15:], torch.zeros(3, 128, dtype=dtype))
+    # Fewer rows than experts, and none at all, are no reason to widen every weight.
+    monkeypatch.delattr(GroupedExperts, "forward")
+    few = Rows(rows.x_ND[:2], rows.weights_N[:2], ends.clamp(max=2))
+    assert near(experts(few), expected[:2], dtype)
+    none = Rows(rows.x_ND[:0], rows.weights_N[:0], torch.zeros_like(ends))
+    assert experts(none).shape == (0, 128)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from whalepod.precision.widened import widen_products
 
 GIB = 2.0**30
+PAUSE_S = 60
 log = logging.getLogger(__name__)
 
 
@@ -170,10 +171,12 @@ class _Lines:
 
 
 class _Board:
-    """TensorBoard's file. What cannot be written is left out, and another file begun when it can."""
+    """TensorBoard's file. What cannot be written is left out, and another file begun after a while: its
+    thread tells of every attempt that fails, at length."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         self._folder, self._open = folder, self._new(folder, start_step)
+        self._closed_at = time.monotonic()
 
     @staticmethod
     def _new(folder: Path, start_step: int) -> Any:
@@ -187,13 +190,14 @@ class _Board:
             return None
 
     def step(self, step: int, values: dict[str, Any]) -> None:
-        self._open = self._open or self._new(self._folder, step - 1)
+        if self._open is None and time.monotonic() > self._closed_at + PAUSE_S:
+            self._open, self._closed_at = self._new(self._folder, step - 1), time.monotonic()
         try:
             for key, value in values.items():
                 if value is not None and self._open is not None:
                     self._open.add_scalar(key, value, step)
         except OSError:  # of an earlier step: a thread writes
-            self._open = None
+            self._open, self._closed_at = None, time.monotonic()
 
     def close(self) -> None:
         with suppress(OSError):
