@@ -253,10 +253,12 @@ class _Work:
         block = exchange + working
         # Of blocks' gradients nothing is on its way yet when the loss is there, nor, with one micro-batch,
         # has any arrived.
-        sent = out.pop("sent")
+        sent, kept = out.pop("sent"), out.pop("kept")
         late = np.broadcast_to(self.framework.late_gradients, sent.shape)
+        kept = np.where(late & (c.accumulation > 1)[rows, None], kept, 0)
         alone = late & ((c.accumulation <= 1) & (c.fsdp > 1))[rows, None]
-        passing = np.where(late, sent + out.pop("passing"), 0)
+        sent = np.maximum(sent, kept)
+        passing = np.where(late, sent - kept + out.pop("passing"), 0)
         # One micro-batch's activations go as its blocks' gradients come.
         rest = np.maximum(out["gradients"] - out["activations"], 0)
         loss_alone = loss - passing - np.where(alone, rest, 0) - more

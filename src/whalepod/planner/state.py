@@ -54,7 +54,7 @@ OWN_STATE = StateTypes(shards_weights=False, whole_in_pipelines=True)
 BF16_STATE = StateTypes(master=0, gradient=2, moment1=2, moment2=2)
 """BF16 throughout, without masters: 8 bytes."""
 
-STATE = ("weights", "gradients", "optimizer", "gathered", "passing", "sent", "stays")
+STATE = ("weights", "gradients", "optimizer", "gathered", "passing", "sent", "stays", "kept")
 SHARERS = ("plain", "experts")
 Counts = Mapping[str, np.ndarray]
 """How many of each unit a pipeline rank's stages hold, [pp, stages]. Units: blocks (`dense`, `moe`),
@@ -87,7 +87,8 @@ class State:
     def of(self, counts: Counts, rows: np.ndarray) -> dict[str, np.ndarray]:
         """`weights`, `gradients`, `optimizer` (masters and moments), `gathered`; `passing`: what of that is
         not there after the last forward pass; `sent`: gradients of one block on their way to shards; `stays`:
-        weights that a pipeline's backward pass leaves gathered."""
+        weights that a pipeline's backward pass leaves gathered; `kept`: sums of the ends' gradients, which come
+        last, that FSDP2 holds until the next micro-batch sends some."""
         number = self._number(counts)
         c, types = self.candidates, self.types
         zero, fsdp = c.zero[rows, None], c.fsdp[rows, None]
@@ -111,6 +112,10 @@ class State:
             ends = sum((number[u] > 0) * self.bytes[u][sharer][rows, None] for u in ("embedding", "head"))
             gathers, takes = (zero == 3) & ((shards > 1) | made), (zero > 1) & (shards > 1)
             out["gathered"] += np.where(gathers, ends, 0)
+            last_sent = sum(
+                (number[u] > 0) * self.local[u][sharer][rows, None] for u in ("embedding", "head")
+            )
+            out["kept"] += np.where(takes & ~whole, last_sent * types.gradient, 0)
             out["stays"] += np.where(gathers & whole, weights, 0)
             for kind in self.block_kinds:
                 has = number[kind] > 0
