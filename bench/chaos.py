@@ -267,7 +267,7 @@ class Server:
         self.url = "http://" + self.job.told().split("http://")[1].split()[0].rstrip("/,.")
 
     def ask(self, prompt: str, **more: Any) -> httpx.Response:
-        body = {"model": "any", "prompt": prompt, "max_tokens": 24, "temperature": 0} | more
+        body = {"model": "calm", "prompt": prompt, "max_tokens": 24, "temperature": 0} | more
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
 
     def texts(self) -> list[str]:
@@ -306,7 +306,7 @@ def pause_worker(server: Server, rng: random.Random) -> str:
 
 def leave(server: Server, rng: random.Random) -> str:
     """A client that reads one piece and is gone."""
-    body = {"model": "any", "prompt": rng.choice(PROMPTS), "max_tokens": 60, "stream": True}
+    body = {"model": "calm", "prompt": rng.choice(PROMPTS), "max_tokens": 60, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
         next(answer.iter_lines())
     return "same tokens"

@@ -87,8 +87,8 @@ class State:
     def of(self, counts: Counts, rows: np.ndarray) -> dict[str, np.ndarray]:
         """`weights`, `gradients`, `optimizer` (masters and moments), `gathered`; `passing`: what of that is
         not there after the last forward pass; `sent`: gradients of one block on their way to shards; `stays`:
-        weights that a pipeline's backward pass leaves gathered; `kept`: sums of the ends' gradients, which come
-        last, that FSDP2 holds until the next micro-batch sends some."""
+        weights that a pipeline's backward pass leaves gathered; `kept`: sums of the ends' gradients, which
+        come last, that FSDP2 holds until the next micro-batch sends some."""
         number = self._number(counts)
         c, types = self.candidates, self.types
         zero, fsdp = c.zero[rows, None], c.fsdp[rows, None]

@@ -105,7 +105,7 @@ class Layout:
             value = getattr(self, name)
             # The bound keeps a slip of the keyboard from asking for terabytes of token ids.
             if not 1 <= value <= MAX_SIZE:
-                raise UserError(f"layout.{name} must be at least 1 and at most {MAX_SIZE}, not {value}")
+                raise UserError(f"layout.{name} must be at least 1 and at most {MAX_SIZE}, not {value!s:.30}")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sized
 from functools import wraps
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateError, nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 MAX_CHARS = 1 << 24  # of one value or of a whole rendering
 MAX_NUMBER = 10**6  # as an argument, where it may be a width or a count
+MAX_DEPTH = 200  # of a template's syntax tree
 _MAX_BITS = 1 << 14
 _WIDE = re.compile(r"\d{5}|\*")  # in a format string: a width beyond 9,999, or one from outside
 _FILTERS = ("center", "indent", "slice", "batch", "format", "round", "truncate", "wordwrap")
@@ -34,6 +35,15 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
         self.filters["tojson"] = _to_json  # jinja2's own escapes for HTML
         self.filters |= {name: _bounded(self.filters[name]) for name in _FILTERS}
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """Refuses what is nested so deeply that compiling it takes for ever."""
+        tree = super()._parse(source, name, filename)
+        level: list[nodes.Node] = [tree]
+        for _ in range(MAX_DEPTH):
+            level = [child for node in level for child in node.iter_child_nodes()]
+        _check(not level)
+        return tree
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         a, b = (len(v) if isinstance(v, Sized) else 0 for v in (left, right))
@@ -87,7 +97,9 @@ def _check_numbers(*values: Any) -> None:
 
 def _check(fine: bool) -> None:
     if not fine:
-        raise SecurityError("an expression asks for a number or a text that is too large")
+        raise SecurityError(
+            "an expression is nested too deeply, or asks for a number or a text that is too large"
+        )
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **more: Any) -> str:

@@ -37,6 +37,7 @@ FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 MIN_VOCAB_SIZE = 256 + 2  # every byte, BOS and EOS
 SAMPLE_BYTES = 8_000_000  # more text hardly moves the merges, and costs time
 MAX_FILE_BYTES = 256 << 20  # the largest tokenizer.json known is a tenth of this
+MAX_VOCABULARY, MAX_GROWTH = 1 << 22, 256
 RECIPE_VERSION = 1  # part of the cache key: raise it when the same text would train another tokenizer
 
 SPLITS = (
@@ -73,7 +74,8 @@ class Tokenizer:
         templates. By default it is text like any other, so no document or user can smuggle one in.
         """
         chosen = self.inner if special else self._literal
-        return chosen.encode(text_sources.clean(text), add_special_tokens=False).ids
+        with _refusing("the tokenizer"):  # its unknown token may be unknown to itself
+            return chosen.encode(text_sources.clean(text), add_special_tokens=False).ids
 
     def encode_many(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """`encode` of each text, on all cores; unlike it, other threads run meanwhile."""
@@ -225,7 +227,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         content = json.loads(data)
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             raise UserError(f"{str(file)!r} is not a tokenizer.json: it has no 'model'")
+        _check_growth(content)
         inner = tokenizers.Tokenizer.from_buffer(data)
+        largest = max(inner.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest >= MAX_VOCABULARY:
+            raise UserError(f"{str(file)!r}: no vocabulary is so large that a token is number {largest}")
         inner.no_truncation()  # some are saved with a length limit, which would cut documents silently
         inner.no_padding()
     config = read_settings(file.with_name("tokenizer_config.json"))
@@ -234,6 +240,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         bos_id=_special_id(inner, config.get("bos_token"), BOS_NAMES),
         eos_id=_special_id(inner, config.get("eos_token"), EOS_NAMES),
     )
+
+
+def _check_growth(content: dict[str, Any]) -> None:
+    """Raises UserError where the steps before the model may make a text so much longer that memory ends: the
+    library aborts the process then."""
+    growth = 1
+    steps = [content.get("normalizer"), content.get("pre_tokenizer")]
+    while steps and growth <= MAX_GROWTH:
+        step = steps.pop()
+        if not isinstance(step, dict):
+            continue
+        for key in ("normalizers", "pretokenizers"):
+            steps += step[key] if isinstance(step.get(key), list) else []
+        if step.get("type") == "ByteLevel":
+            growth *= 2  # a byte beyond ASCII becomes a character of two
+        elif step.get("type") in ("Replace", "Prepend"):
+            growth *= max(1, len(str(step.get("content", step.get("prepend", "")))))
+    if growth > MAX_GROWTH:
+        raise UserError(f"its steps may make a text more than {MAX_GROWTH} times as long")
 
 
 @contextmanager
