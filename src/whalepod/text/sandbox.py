@@ -97,9 +97,7 @@ def _check_numbers(*values: Any) -> None:
 
 def _check(fine: bool) -> None:
     if not fine:
-        raise SecurityError(
-            "an expression is nested too deeply, or asks for a number or a text that is too large"
-        )
+        raise SecurityError("an expression is nested too deeply, or asks for a number or text too large")
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **more: Any) -> str:

@@ -81,7 +81,8 @@ class Tokenizer:
         """`encode` of each text, on all cores; unlike it, other threads run meanwhile."""
         chosen = self.inner if special else self._literal
         cleaned = [text_sources.clean(text) for text in texts]
-        encodings = chosen.encode_batch_fast(cleaned, add_special_tokens=False)
+        with _refusing("the tokenizer"):
+            encodings = chosen.encode_batch_fast(cleaned, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
