@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from whalepod.models import loss
 from whalepod.models.moe import group_by_expert
 from whalepod.models.transformer import Transformer, init_weights
 from whalepod.planner.activations import OWN, OWN_CPU, PARTS
@@ -234,9 +235,14 @@ def test_own_runtime_holds_what_the_demo_says() -> None:
     assert sum(state(rows, 2)) == 8 * total
     assert sum(state(rows, 3)) == (2 + 4 + 6) * total
     # Its loss never has all logits, but the gradient of the head's weight waits for the backward pass,
-    # and while it is summed one slice's is there too.
+    # and while it is summed one slice's is there too, beside the slice's logits in both precisions.
     wide = memory(EXPERTS.with_(vocab_size=4096), layout(), **options).categories["logits"][0, 0]
-    assert wide == 2 * (2 * 4096 * 16 + 2 * 16 * 16) + (4 + 2) * 4096 * 16
+    slices = (4 + 2) * 16 * 4096
+    assert wide == 2 * (2 * 4096 * 16 + 2 * 16 * 16) + (4 + 2) * 4096 * 16 + slices
+
+
+def test_the_planner_knows_how_long_a_slice_of_the_loss_is() -> None:
+    assert OWN.loss_slice == loss.SLICE_ELEMENTS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

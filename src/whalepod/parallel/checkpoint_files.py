@@ -229,7 +229,7 @@ def read_progress(path: Path) -> Progress:
             int(values.get("skipped", 0)),
             str(values.get("text", "")),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"checkpoint {path} has no readable {STATE}: {_line(error)}") from None
 
 

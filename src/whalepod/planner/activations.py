@@ -157,9 +157,12 @@ class Activations:
 
     def attention(self, recompute: Mapping[str, Column]) -> Parts:
         """The first half of a block: norm, attention, and the residual stream before it."""
-        kept = self._norm_input() + np.where(recompute["norms"], 0, self._norm_output())
+        again = recompute["norms"] | recompute["all"]
+        # Of a block that is made again all that stays is its input, not the copies that a plain norm keeps.
+        alone = recompute["all"] & (not self.framework.fused_norms)
+        inputs = np.where(alone, self.ts * self.spec.hidden_size * self.b, self._norm_input())
         return {
-            "norms": np.where(recompute["all"], self.ts * self.spec.hidden_size * self.b, kept),
+            "norms": inputs + np.where(again, 0, self._norm_output()),
             "attention": np.where(recompute["all"], 0, self._attention(recompute)),
         }
 
