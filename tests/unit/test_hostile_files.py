@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -226,3 +227,34 @@ def test_a_conversation_without_end_is_refused(tmp_path: Path) -> None:
 
 def test_hints_name_only_what_fits_into_a_line() -> None:
     assert nearest("q", ["a\nb", "c" * 5000, "d"]) == " (allowed: d)"
+
+
+@pytest.mark.parametrize(
+    ("model", "steps", "words"),
+    [
+        ({"a": 0, "b": 10**9}, [], "no vocabulary is so large"),
+        ({"a": 0}, [{"type": "ByteLevel"}] * 9, "times as long"),
+        (
+            {"a": 0},
+            [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 99}] * 2,
+            "times as long",
+        ),
+    ],
+)
+def test_a_tokenizer_that_would_loop_or_swell_is_refused(
+    tmp_path: Path, model: dict[str, int], steps: list[dict[str, Any]], words: str
+) -> None:
+    content = {
+        "model": {"type": "BPE", "vocab": model, "merges": []},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        load_tokenizer(tmp_path)
+
+
+def test_a_template_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("{{ " + "+" * 600 + "1 }}")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="nested too deeply"):
+        ChatTemplate(tmp_path)
