@@ -230,9 +230,8 @@ class _Work:
         else:  # one FP32 sum of the head's gradient, rounded when whole and kept, as the input's is
             logits = (1 + depths) * (ends + (self._a.t * spec.hidden_size * self._a.b)[rows, None])
             # ... beside one slice's logits and gradient of the head.
-            a = self._a
-            largest = np.maximum(vocabulary, self.framework.loss_slice // vocabulary * vocabulary)
-            slices = np.minimum(a.t[rows, None] * vocabulary, largest) * (4.0 + a.b[rows, None])
+            tokens = np.clip(self.framework.loss_slice // vocabulary, 1, self._a.t[rows, None])
+            slices = tokens * vocabulary * (4.0 + self._a.b[rows, None])
             loss = logits + vocabulary * spec.hidden_size * 4.0 + ends + slices
         # A schedule that runs every forward pass first keeps every loss; others go back at once.
         waiting = (in_flight * layers.head[:, None]).max((1, 2)) if self._all_first(rows) else has["head"]

@@ -228,7 +228,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         content = json.loads(data)
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             raise UserError(f"{str(file)!r} is not a tokenizer.json: it has no 'model'")
-        _check_growth(content)
+        _check_growth(content, repr(str(file)))
         inner = tokenizers.Tokenizer.from_buffer(data)
         largest = max(inner.get_vocab(with_added_tokens=True).values(), default=0)
         if largest >= MAX_VOCABULARY:
@@ -243,7 +243,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
 
 
-def _check_growth(content: dict[str, Any]) -> None:
+def _check_growth(content: dict[str, Any], what: str) -> None:
     """Raises UserError where the steps before the model may make a text so much longer that memory ends: the
     library aborts the process then."""
     growth = 1
@@ -256,10 +256,10 @@ def _check_growth(content: dict[str, Any]) -> None:
             steps += step[key] if isinstance(step.get(key), list) else []
         if step.get("type") == "ByteLevel":
             growth *= 2  # a byte beyond ASCII becomes a character of two
-        elif step.get("type") in ("Replace", "Prepend"):
-            growth *= max(1, len(str(step.get("content", step.get("prepend", "")))))
+        elif step.get("type") == "Replace":
+            growth *= max(1, len(str(step.get("content", ""))))
     if growth > MAX_GROWTH:
-        raise UserError(f"its steps may make a text more than {MAX_GROWTH} times as long")
+        raise UserError(f"the steps of {what} may make a text more than {MAX_GROWTH} times as long")
 
 
 @contextmanager
